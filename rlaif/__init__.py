@@ -1,0 +1,3 @@
+"""rlaif: reinforcement learning from AI feedback and constitutional AI."""
+
+__version__ = "0.1.0"
