@@ -115,6 +115,14 @@ class RefusedError(RlaifError):
     """The server refused this content (a filter): the row's status becomes `refused`."""
 
 
+class NoLogprobsError(RlaifError):
+    """The engine gives no log-probabilities; `completion` is what it answered instead, None where it was not asked."""
+
+    def __init__(self, message: str, completion: Completion | None = None):
+        super().__init__(message)
+        self.completion = completion
+
+
 class TransientError(RlaifError):
     """A failure that may pass (rate limit, server fault, time-out, dropped connection): tried again.
 

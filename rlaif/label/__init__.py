@@ -1,0 +1,1 @@
+"""Labelers: methods that turn one comparison into a preference, as async functions over one row."""

@@ -1,0 +1,75 @@
+"""Training sets from labelled rows, in the preference columns that TRL's trainers take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlaif.data import as_messages, as_text
+from rlaif.records import LABELLED, Row
+
+
+@dataclass
+class PairSettings:
+    """Which rows become pairs, and how.
+
+    `min_confidence`: the least P(chosen is better), from .5 to 1. `hard`: every pair's soft label is 1 (ties then have
+    no place). `drop_ties`: leave ties out; else their soft label is .5 and response A stands as chosen.
+    `conversational`: lists of messages instead of plain text.
+    """
+
+    min_confidence: float = 0.5
+    hard: bool = False
+    drop_ties: bool = False
+    conversational: bool = False
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def training_pairs(rows: Iterable[Row], settings: PairSettings) -> Iterator[Row]:
+    """Pairs with `id`, `prompt`, `chosen`, `rejected`, `soft_label` (P(chosen is better), at least .5) and `margin`.
+
+    The margin is how far the labeler prefers the chosen response, 2·P − 1 of its own soft label, in [0, 1]. Rows that
+    give no pair are counted in `settings.dropped` by the reason why.
+    """
+    for row in rows:
+        reason = _reason(row, settings)
+        if reason:
+            settings.dropped[reason] += 1
+            continue
+        yield _pair(row, settings)
+
+
+def _reason(row: Row, settings: PairSettings) -> str | None:
+    if row["status"] not in LABELLED:
+        return str(row["status"])
+    if row["label"] == "tie" and (settings.drop_ties or settings.hard):
+        return "tie"
+    if max(row["soft_label"], 1 - row["soft_label"]) < settings.min_confidence:
+        return "below the minimum confidence"
+    return None
+
+
+def _pair(row: Row, settings: PairSettings) -> Row:
+    a_is_chosen = row["label"] != "b"
+    soft = row["soft_label"] if a_is_chosen else 1 - row["soft_label"]
+    # A tie is .5 but for rounding: never less than an even chance of what stands as chosen.
+    soft = max(0.5, soft)
+    chosen, rejected = (row["response_a"], row["response_b"]) if a_is_chosen else (row["response_b"], row["response_a"])
+    return {
+        "id": row["id"],
+        **_texts(row["prompt"], chosen, rejected, settings.conversational),
+        "soft_label": 1.0 if settings.hard else soft,
+        "margin": 2 * soft - 1,
+    }
+
+
+def _texts(prompt: Any, chosen: str, rejected: str, conversational: bool) -> dict[str, Any]:
+    if not conversational:
+        return {"prompt": as_text(prompt), "chosen": chosen, "rejected": rejected}
+    return {
+        "prompt": as_messages(prompt),
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }

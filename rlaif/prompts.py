@@ -1,0 +1,209 @@
+"""Prompt templates: Jinja files with named blocks, rendered in a sandbox, with what is under judgement fenced in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import jinja2.meta
+import yaml
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from rlaif.records import Message, UsageError, digest
+
+PACKAGE = Path(__file__).parent
+FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+TAG = re.compile(r"</?([A-Za-z][\w.-]*)")
+CHAT_MARKERS = re.compile(
+    r"<(?=[|｜])"
+    r"|<(?=</?SYS>>)"
+    r"|<(?=/?(?:s|bos|eos|pad|unk|start_of_turn|end_of_turn|im_start|im_end)>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\])",
+    re.IGNORECASE,
+)
+UNSENDABLE = re.compile("[\x00\ud800-\udfff]")
+
+USER_BLOCKS = ("preamble", "exemplars", "sample", "ending")
+"""The RLAIF paper's parts of a labelling prompt (arXiv 2309.00267, §2.1): each a block, joined by blank lines."""
+
+
+def shipped(kind: str) -> Path:
+    """The folder of this kind (`prompts`) that came with the package: inside a wheel, or beside it in a checkout."""
+    inside = PACKAGE / "_shipped" / kind
+    return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def fence(text: str, tags: frozenset[str]) -> str:
+    """Text that can neither open nor close one of `tags`, nor pass for a chat model's control token.
+
+    Only the first character of such a marker is written otherwise (`<` as `&lt;`, `[` as `&#91;`), so that text without
+    one goes to the model as it is. NUL and lone surrogates, which no tokenizer takes, become U+FFFD.
+
+    >>> fence("fine </response_1> <b>", frozenset({"response_1"}))
+    'fine &lt;/response_1> <b>'
+    >>> fence("<|im_start|>system [INST]", frozenset())
+    '&lt;|im_start|>system &#91;INST]'
+    """
+    if tags:
+        names = "|".join(re.escape(tag) for tag in sorted(tags))
+        text = re.sub(rf"<(?=\s*[/\\]?\s*(?:{names})(?![\w-]))", "&lt;", text, flags=re.IGNORECASE)
+    text = CHAT_MARKERS.sub(lambda m: "&lt;" if m.group() == "<" else "&#91;", text)
+    return UNSENDABLE.sub("\ufffd", text)
+
+
+def _fenced(value: Any, tags: frozenset[str]) -> Any:
+    if isinstance(value, str):
+        return fence(value, tags)
+    if isinstance(value, Mapping):
+        return {key: _fenced(item, tags) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fenced(item, tags) for item in value]
+    return value
+
+
+class _Loader(jinja2.BaseLoader):
+    """Finds templates in some folders, takes the settings off their heads and remembers each text it gave."""
+
+    def __init__(self, folders: list[Path]):
+        self.folders = folders
+        self.texts: dict[str, str] = {}
+        self.settings: dict[str, dict[str, Any]] = {}
+
+    def get_source(self, environment: jinja2.Environment, template: str) -> tuple[str, str, Callable[[], bool]]:
+        for folder in self.folders:
+            path = (folder / template).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                text = path.read_text(encoding="utf-8")
+                self.texts[template] = text
+                self.settings[template] = _front(text, path)
+                # Blank lines in place of the head, so that an error's line number is the file's.
+                return FRONT.sub(lambda m: "\n" * m.group().count("\n"), text), str(path), lambda: True
+        raise jinja2.TemplateNotFound(template)
+
+
+def _front(text: str, path: Path) -> dict[str, Any]:
+    head = FRONT.match(text)
+    try:
+        settings = yaml.safe_load(head.group(1)) if head else {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: the settings at its head are not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: the settings at its head must be 'name: value' lines")
+    return settings
+
+
+@dataclass
+class Template:
+    """A prompt template: blocks that make the messages, and settings that say how to read the answer.
+
+    `choices` are the two answers, for the first and the second response shown. `asks_for` is the polarity: `worse` where
+    the template asks for the response that should lose, as the RLAIF paper's harmless preamble does.
+    `hash` changes with the text of the template and of each one that it extends.
+    """
+
+    name: str
+    source: jinja2.Template
+    description: str
+    choices: tuple[str, str]
+    asks_for: Literal["better", "worse"]
+    hash: str
+    tags: frozenset[str] = field(repr=False)
+
+    def render(self, **values: Any) -> tuple[tuple[Message, ...], str]:
+        """The messages, and the beginning of the assistant's turn. Every text among `values` is fenced.
+
+        Raises: UsageError naming the template and the line when it cannot be rendered.
+        """
+        try:
+            context = self.source.new_context(_fenced(values, self.tags))
+            for _ in self.source.root_render_func(context):  # collects the blocks of every parent too
+                pass
+            text = {name: "".join(blocks[0](context)).strip() for name, blocks in context.blocks.items()}
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+            raise UsageError(f"template {self.name}: {_one_line(error)}") from error
+        messages: list[Message] = []
+        if text.get("system"):
+            messages.append({"role": "system", "content": text["system"]})
+        user = "\n\n".join(text[name] for name in USER_BLOCKS if text.get(name))
+        messages.append({"role": "user", "content": user})
+        return tuple(messages), text.get("prefix", "")
+
+
+def load_template(name: str, kind: str = "pairwise") -> Template:
+    """A shipped template by its name, or a user's by its path; it may extend shipped ones as `KIND/NAME.jinja`.
+
+    Raises: UsageError for an unknown name, a template that does not compile or whose settings are wrong.
+    """
+    folders = [shipped("prompts")]
+    path = Path(name)
+    if path.suffix == ".jinja" or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"no such template file: {name}")
+        folders.insert(0, path.parent)
+        inner = path.name
+    else:
+        inner = f"{kind}/{name}.jinja"
+        if not (folders[0] / inner).resolve().is_relative_to(folders[0].resolve()) or not (folders[0] / inner).is_file():
+            raise UsageError(f"unknown template '{name}': a file, or one of {', '.join(list_templates(kind))}")
+    return _compile(inner, name, _Loader(folders))
+
+
+def _compile(inner: str, name: str, loader: _Loader) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    try:
+        source = environment.get_template(inner)
+        _load_parents(environment, loader)
+    except (jinja2.TemplateError, UnicodeDecodeError) as error:
+        raise UsageError(f"template {name}: {_one_line(error)}") from error
+    settings: dict[str, Any] = {}
+    for text_settings in reversed(loader.settings.values()):  # the template's own come first in the loader, so win
+        settings.update(text_settings)
+    unknown = set(settings) - {"description", "choices", "asks_for"}
+    if unknown:
+        raise UsageError(f"template {name}: unknown setting '{min(unknown)}'; known: description, choices, asks_for")
+    choices = settings.get("choices", ["1", "2"])
+    if not isinstance(choices, list) or len(choices) != 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise UsageError(f'template {name}: choices must be two texts, such as ["1", "2"] (quoted), got {choices}')
+    if choices[0] == choices[1]:
+        raise UsageError(f"template {name}: the two choices are the same: {choices[0]}")
+    if settings.get("asks_for", "better") not in ("better", "worse"):
+        raise UsageError(f"template {name}: asks_for must be 'better' or 'worse', got {settings['asks_for']!r}")
+    tags = frozenset(tag for text in loader.texts.values() for tag in TAG.findall(FRONT.sub("", text)))
+    return Template(
+        name=name,
+        source=source,
+        description=str(settings.get("description", "")),
+        choices=(choices[0], choices[1]),
+        asks_for=settings.get("asks_for", "better"),
+        hash=digest(sorted(loader.texts.values())),
+        tags=tags,
+    )
+
+
+def _load_parents(environment: jinja2.Environment, loader: _Loader) -> None:
+    """Load whatever the loaded templates refer to, so that their texts count in the hash and the tags."""
+    seen: set[str] = set()
+    while missing := set(loader.texts) - seen:
+        for name in sorted(missing):
+            seen.add(name)
+            source = loader.get_source(environment, name)[0]
+            for other in jinja2.meta.find_referenced_templates(environment.parse(source)):
+                if other is None:
+                    raise UsageError(f"template {name}: a template's name that is computed cannot be checked: write it out")
+                environment.get_template(other)
+
+
+def list_templates(kind: str = "pairwise") -> list[str]:
+    """Names of the shipped templates; a file whose name begins with `_` is a part of others."""
+    return sorted(p.stem for p in (shipped("prompts") / kind).glob("*.jinja") if not p.name.startswith("_"))
+
+
+def _one_line(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    return " ".join(str(error).split()) + (f" (line {line})" if line else "")

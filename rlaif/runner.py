@@ -1,0 +1,304 @@
+"""The runner: a sliding window of rows over one engine, with retries, a budget, clean stops and nothing asked twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import tenacity
+
+from rlaif.engines import Engine
+from rlaif.records import (
+    STATUSES,
+    Completion,
+    FatalError,
+    NoLogprobsError,
+    Request,
+    RlaifError,
+    Row,
+    RowError,
+    TransientError,
+)
+from rlaif.store import Store
+
+
+class StoppedError(RlaifError):
+    """The run is stopping: no further call is sent, and the row stays as it was."""
+
+
+class Item(Protocol):
+    """One row to work on; `problem` says why it cannot be, or is None."""
+
+    @property
+    def problem(self) -> str | None: ...
+
+
+Method = Callable[[Any, Callable[[Request], Awaitable[Completion]]], Awaitable[Row]]
+"""A method: one async function over one item, given what answers requests; returns a result with its `status`."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How hard to press: rows in flight, tries a call, seconds a call may take, US dollars, and prices per million tokens."""
+
+    concurrency: int = 32
+    tries: int = 6
+    timeout: float | None = 120.0
+    max_cost: float | None = None
+    prices: tuple[float, float] | None = None
+
+
+@dataclass
+class Tally:
+    """What a run has done so far, for the progress bar and the run file."""
+
+    statuses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
+    rows: int = 0
+    calls: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Runner:
+    """Runs a method over rows. One runner serves one run.
+
+    Stopping has one way whatever the reason (Ctrl-C, the budget, a fatal error): no new call is sent, those in flight are
+    waited for and stored, and `run` raises. The same command then goes on from there.
+    """
+
+    def __init__(self, engine: Engine, store: Store, limits: Limits, offline: bool = False):
+        self.engine, self.store, self.limits = engine, store, limits
+        self.offline = offline
+        self.tally = Tally()
+        self._slots = asyncio.Semaphore(limits.concurrency)
+        self._flying: dict[str, asyncio.Task[Completion]] = {}
+        self._stop: RlaifError | None = None
+        self._stopped = asyncio.Event()
+        self._failures = 0
+        self._answered = False
+        self._reserved = 0.0
+        self._freed = asyncio.Condition()
+
+    async def run(self, items: Iterable[tuple[str, Item]], method: Method, on_row: Callable[[], None] = lambda: None) -> None:
+        """Work through (key, item) pairs, each row's result stored under its key as soon as it is there.
+
+        Finished rows are passed over. With `offline`, every row is done again from stored completions, without a call.
+
+        Raises: FatalError (the server refused), StoppedError (Ctrl-C or the budget), after what was in flight is stored.
+        """
+        pending = iter(items)
+        async with self._signals():
+            workers = [asyncio.create_task(self._work(pending, method, on_row)) for _ in range(self.limits.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            except asyncio.CancelledError:  # the second Ctrl-C: what is in flight is given up
+                for call in self._flying.values():
+                    call.cancel()
+                if self._stop is None:
+                    raise
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, *self._flying.values(), return_exceptions=True)
+        if self._stop:
+            raise self._stop
+
+    def stop(self, reason: RlaifError) -> None:
+        """Send nothing more; the first reason given is the one that `run` raises."""
+        self._stop = self._stop or reason
+        self._stopped.set()
+
+    async def _work(self, pending: Iterator[tuple[str, Item]], method: Method, on_row: Callable[[], None]) -> None:
+        for key, item in pending:
+            if self._stop:
+                return
+            if self.offline or not self.store.finished(key):
+                try:
+                    result = failed(item.problem) if item.problem else await method(item, self.ask)
+                except StoppedError:  # nothing known about the row that was not known before
+                    if not self.offline or self.store.result(key) is None:
+                        continue
+                    result = None
+                except RlaifError as error:
+                    self.stop(error)
+                    return
+                if result:
+                    self.store.add_result(key, result)
+            else:
+                result = None
+            self._count(key, result)
+            on_row()
+            # A row from the store never waits: let others, and the signal handler, have their turn.
+            await asyncio.sleep(0)
+
+    def _count(self, key: str, result: Row | None) -> None:
+        found = result or self.store.result(key)
+        assert found is not None
+        self.tally.rows += 1
+        self.tally.statuses[found["status"]] += 1
+
+    # ------------------------------------------------------------ one request
+
+    async def ask(self, request: Request) -> Completion:
+        """Answer a request from the store, from the same request in flight, or from the engine."""
+        key = request.key(self.engine.identity)
+        stored = self.store.completion(key, even_failed=self.offline)
+        if stored:
+            return stored
+        if self.offline:
+            raise StoppedError("not in the store")
+        if key not in self._flying:
+            task = asyncio.create_task(self._fetch(key, request))
+            self._flying[key] = task
+            task.add_done_callback(lambda _: self._flying.pop(key, None))
+        # Shielded: what is in flight is paid for, and is stored even when its row is given up.
+        return await asyncio.shield(self._flying[key])
+
+    async def _fetch(self, key: str, request: Request) -> Completion:
+        async with self._slots, self._budget(request):
+            try:
+                completion = await self._retried(request)
+            except NoLogprobsError as error:
+                if error.completion:
+                    self._charge(error.completion)
+                raise
+            completion = replace(completion, key=key, cost=self._price(completion))
+            self._charge(completion)
+            self.store.add_completion(key, completion)
+            return completion
+
+    async def _retried(self, request: Request) -> Completion:
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self.limits.tries),
+            wait=self._wait,
+            retry=tenacity.retry_if_exception_type(TransientError),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            answer = await retrying(self._once, request)
+        except TransientError as error:
+            raise self._given_up(error) from error
+        except FatalError as error:
+            self.stop(error)
+            raise StoppedError(str(error)) from error
+        self._failures, self._answered = 0, True
+        return answer
+
+    async def _once(self, request: Request) -> Completion:
+        if self._stop:
+            raise StoppedError("stopping")
+        try:
+            return await asyncio.wait_for(self.engine.complete(request), self.limits.timeout)
+        except TimeoutError as error:
+            raise TransientError(f"no answer within {self.limits.timeout:g} s") from error
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds until the next try: what the server asked for, else doubling from half a second, with jitter."""
+        self.tally.retries += 1
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, TransientError) and error.retry_after is not None:
+            return error.retry_after + random.uniform(0, 0.1)
+        return float(min(30.0, 0.5 * 2 ** (state.attempt_number - 1)) * random.uniform(0.5, 1.0))
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+        except TimeoutError:
+            return
+
+    def _given_up(self, error: TransientError) -> RlaifError:
+        """A call failed on every try: the row's own bad luck, unless no call gets through any more."""
+        self._failures += 1
+        if self._answered and self._failures < max(3, self.limits.concurrency):
+            return RowError(f"{error} (gave up after {self.limits.tries} tries)")
+        times = "at all" if not self._answered else f"for {self._failures} calls in a row"
+        self.stop(FatalError(f"no call gets through {times}: {error}"))
+        return StoppedError(str(error))
+
+    # ------------------------------------------------------------ cost
+
+    def _price(self, completion: Completion) -> float | None:
+        if completion.cost is not None or self.limits.prices is None:
+            return completion.cost
+        read, written = self.limits.prices
+        return (completion.prompt_tokens * read + completion.completion_tokens * written) / 1e6
+
+    def _charge(self, completion: Completion) -> None:
+        self.tally.calls += 1
+        self.tally.prompt_tokens += completion.prompt_tokens
+        self.tally.completion_tokens += completion.completion_tokens
+        self.tally.cost += self._price(completion) or 0.0
+
+    @asynccontextmanager
+    async def _budget(self, request: Request) -> AsyncIterator[None]:
+        """Reserve the most that a call can cost until it is known what it did: the budget is never exceeded.
+
+        A token is at least one byte, so a prompt's bytes bound its tokens (with some room for a chat template's own).
+        """
+        if self.limits.max_cost is None or self.limits.prices is None:
+            yield
+            return
+        size = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in request.messages) + len(request.prefix) + 64
+        most = (size * self.limits.prices[0] + request.max_tokens * self.limits.prices[1]) / 1e6
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._stop or self._fits(most) or self._reserved <= 0)
+            if not self._fits(most):
+                self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${self.tally.cost:.4f})"))
+            if self._stop:
+                raise StoppedError("stopping")
+            self._reserved += most
+        try:
+            yield
+        finally:
+            async with self._freed:
+                self._reserved = max(0.0, self._reserved - most)
+                self._freed.notify_all()
+
+    def _fits(self, most: float) -> bool:
+        assert self.limits.max_cost is not None
+        return self.tally.cost + self._reserved + most <= self.limits.max_cost
+
+    # ------------------------------------------------------------ Ctrl-C
+
+    @asynccontextmanager
+    async def _signals(self) -> AsyncIterator[None]:
+        """First Ctrl-C (or SIGTERM): stop cleanly. Second: give up what is in flight."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def handle() -> None:
+            if self._stop is None:
+                self.stop(StoppedError("interrupted; what is finished is kept, and the same command goes on from there"))
+            elif task:
+                task.cancel()
+
+        names = (signal.SIGINT, signal.SIGTERM)
+        try:
+            for name in names:
+                loop.add_signal_handler(name, handle)
+        except (ValueError, RuntimeError, NotImplementedError):  # not the main thread: the caller's business
+            yield
+            return
+        try:
+            yield
+        finally:
+            for name in names:
+                loop.remove_signal_handler(name)
+
+
+def failed(problem: str | None) -> Row:
+    """The result of a row that could not be worked on."""
+    return {"status": "error", "soft_label": None, "label": None, "votes": [], "error": problem}
