@@ -199,7 +199,14 @@ def _problem(row: Row, prompt: str | None) -> str | None:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", dict: "an object"}
+    names = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        dict: "an object",
+    }
     return names.get(type(value), "a list" if isinstance(value, list) else type(value).__name__)
 
 

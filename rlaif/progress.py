@@ -61,7 +61,10 @@ class Progress:
     def _facts(self) -> str:
         tally = self.tally
         failures = tally.rows - tally.statuses["ok"] - tally.statuses["tie"]
-        parts = [f"{tally.rows / max(tally.seconds, 1e-9):.1f} rows/s", f"{tally.prompt_tokens + tally.completion_tokens:,} tokens"]
+        parts = [
+            f"{tally.rows / max(tally.seconds, 1e-9):.1f} rows/s",
+            f"{tally.prompt_tokens + tally.completion_tokens:,} tokens",
+        ]
         if tally.cost:
             parts.append(f"${tally.cost:.4f}")
         if failures:

@@ -189,7 +189,7 @@ class Runner:
             reraise=True,
         )
         try:
-            answer = await retrying(self._once, request)
+            answer: Completion = await retrying(self._once, request)
         except TransientError as error:
             raise self._given_up(error) from error
         except FatalError as error:

@@ -32,7 +32,7 @@ class Usage:
     calls: int
     prompt_tokens: int
     completion_tokens: int
-    cost: float | None
+    cost_usd: float | None
 
 
 class Store:

@@ -29,7 +29,9 @@ OPENAI = "https://api.openai.com/v1"
 CONTINUING = ("vllm", "sglang")
 """Servers, as their model list names itself the owner, that can go on with an assistant's turn that was begun."""
 
-TOO_LONG = re.compile(r"context.?length|context window|maximum (?:context|model) length|too many tokens|prompt is too long", re.I)
+TOO_LONG = re.compile(
+    r"context.?length|context window|maximum (?:context|model) length|too many tokens|prompt is too long", re.I
+)
 TOP_LOGPROBS = (20, 5)
 """How many of the most probable tokens to ask for: OpenAI's limit, then that of servers that give fewer."""
 

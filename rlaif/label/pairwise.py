@@ -82,7 +82,7 @@ class PairwiseLabeler:
             if vote["soft_label"] is not None or vote["status"] == "refused":
                 return [vote]
             # Log-probabilities came, but not those of the choices: what does the model say when let speak?
-            return [await self._spoken(order, ask, self._speaking(request, 0, self.temperature))]
+            return [vote, await self._spoken(order, ask, self._speaking(request, 0, self.temperature))]
         except NoLogprobsError:
             warm = self.temperature or 1.0
             speaking = (self._speaking(request, n, warm) for n in range(self.samples))
@@ -186,7 +186,9 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
 
 
-TIE = re.compile(r"(?:it'?s |it is )?(?:a )?tie|(?:they|both)(?: responses)? are equal(?:ly good)?|neither|equal", re.IGNORECASE)
+TIE = re.compile(
+    r"(?:it'?s |it is )?(?:a )?tie|(?:they|both)(?: responses)? are equal(?:ly good)?|neither|equal", re.IGNORECASE
+)
 
 
 def parse_verdict(text: str, choices: tuple[str, str]) -> float | None:
@@ -211,12 +213,16 @@ def parse_verdict(text: str, choices: tuple[str, str]) -> float | None:
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
+ADJECTIVE = r"(?:preferred|better|best|more helpful|less harmful)"
+NOUN = r"(?:response|answer|summary|choice|option|number|verdict)"
+
+
 def _verdict(line: str, choices: tuple[str, str]) -> float | None:
     bare = line.strip(" \t*_`'\"()[]<>.:!")
-    lead = r"(?:the )?(?:(?:preferred|better|best|more helpful|less harmful) )?(?:response|answer|summary|choice|option|number|verdict)"
+    lead = rf"(?:the )?(?:{ADJECTIVE} )?{NOUN}\W{{0,3}}(?:is\b)?\W{{0,3}}"
     for value, choice in ((1.0, choices[0]), (0.0, choices[1])):
-        named = rf"(?:{lead}\W{{0,3}}(?:is\b)?\W{{0,3}}){{0,2}}(?:response_?\W?)?{re.escape(choice)}(?: is (?:better|more helpful|less harmful|preferred))?"
-        if re.fullmatch(named, bare, re.IGNORECASE):
+        said = rf"(?:{lead}){{0,2}}(?:response_?\W?)?{re.escape(choice)}(?: is {ADJECTIVE})?"
+        if re.fullmatch(said, bare, re.IGNORECASE):
             return value
     return 0.5 if TIE.fullmatch(bare) else None
 
@@ -235,7 +241,13 @@ def combine(orders: list[list[Vote]]) -> Row:
         return {"status": status, "soft_label": None, "label": None, "votes": votes, "error": error}
     soft = sum(sum(good) / len(good) for good in labels) / len(labels)
     label = hard_label(soft)
-    return {"status": "tie" if label == "tie" else "ok", "soft_label": soft, "label": label, "votes": votes, "error": None}
+    return {
+        "status": "tie" if label == "tie" else "ok",
+        "soft_label": soft,
+        "label": label,
+        "votes": votes,
+        "error": None,
+    }
 
 
 def hard_label(soft: float) -> Label:
