@@ -89,7 +89,7 @@ class Runner:
         self._stopped = asyncio.Event()
         self._failures = 0
         self._answered = False
-        self._reserved = 0.0
+        self._reserved: list[float] = []  # the most that each call in flight can cost
         self._freed = asyncio.Condition()
 
     async def run(self, items: Iterable[tuple[str, Item]], method: Method, on_row: Callable[[], None] = lambda: None) -> None:
@@ -255,22 +255,22 @@ class Runner:
         size = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in request.messages) + len(request.prefix) + 64
         most = (size * self.limits.prices[0] + request.max_tokens * self.limits.prices[1]) / 1e6
         async with self._freed:
-            await self._freed.wait_for(lambda: self._stop or self._fits(most) or self._reserved <= 0)
+            await self._freed.wait_for(lambda: self._stop or self._fits(most) or not self._reserved)
             if not self._fits(most):
                 self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${self.tally.cost:.4f})"))
             if self._stop:
                 raise StoppedError("stopping")
-            self._reserved += most
+            self._reserved.append(most)
         try:
             yield
         finally:
             async with self._freed:
-                self._reserved = max(0.0, self._reserved - most)
+                self._reserved.remove(most)
                 self._freed.notify_all()
 
     def _fits(self, most: float) -> bool:
         assert self.limits.max_cost is not None
-        return self.tally.cost + self._reserved + most <= self.limits.max_cost
+        return self.tally.cost + sum(self._reserved) + most <= self.limits.max_cost
 
     # ------------------------------------------------------------ Ctrl-C
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -49,5 +50,14 @@ def make_engine(name: str, **settings: Any) -> Engine:
     if name not in ENGINES:
         raise UsageError(f"unknown engine '{name}': choose one of {', '.join(sorted(ENGINES))}")
     module, cls = ENGINES[name]
-    engine: Engine = getattr(import_module(module), cls)(**{k: v for k, v in settings.items() if v is not None})
+    made = getattr(import_module(module), cls)
+    given = {k: v for k, v in settings.items() if v is not None}
+    known = inspect.signature(made).parameters
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UsageError(f"engine {name} has no setting '{unknown[0]}'; it has {', '.join(known)}")
+    try:
+        engine: Engine = made(**given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"engine {name}: {error}") from error
     return engine

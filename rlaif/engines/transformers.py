@@ -1,0 +1,365 @@
+"""Any model that transformers can load, in this process: batched, on a GPU or without one."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, TopPLogitsWarper
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
+
+from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer
+from rlaif.records import Completion, FatalError, Request, RowError, UsageError, digest
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHARED = 16
+"""Tokens that all prompts of a batch must begin with for it to be worth computing them once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A request on its way; `ids` are its prompt's tokens."""
+
+    request: Request
+    ids: list[int]
+    future: asyncio.Future[Completion]
+
+    @property
+    def kind(self) -> tuple[bool, int, float, float]:
+        """What must be equal for jobs to share a batch."""
+        r = self.request
+        return bool(r.choices), r.max_tokens, r.temperature, r.top_p
+
+    @property
+    def size(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.ids) + self.request.max_tokens
+
+    def fail(self, error: Exception) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class TransformersEngine:
+    """Runs `model`, a folder or a name on the hub, with transformers.
+
+    Requests that wait at the same time are sorted by length and run in batches of at most `max_batch_tokens` tokens,
+    padding and room for the answer included, in a thread of their own. A request with choices costs one forward pass; its
+    log-probabilities are over the whole vocabulary. One without choices is generated. Each sample is drawn from a source
+    of randomness of its own, so that with a seed it does not depend on the requests beside it, except where rounding tips
+    a close draw (rare in fp32, not in bf16).
+
+    dtype: `bf16` or `fp32`; on a GPU bf16 unless given, else fp32. device: as torch names it; a GPU where there is one.
+    trust_remote_code: run the code that comes with a model.
+
+    Raises: UsageError for an unknown dtype or device, FatalError where the model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str | None = None,
+        device: str | None = None,
+        max_batch_tokens: int | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self._device = _device(device)
+        gpu = self._device.type != "cpu"
+        dtype = dtype or ("bf16" if gpu else "fp32")
+        if dtype not in DTYPES:
+            raise UsageError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+        if max_batch_tokens is not None and max_batch_tokens < 1:
+            raise UsageError(f"max_batch_tokens must be at least 1, not {max_batch_tokens}")
+        self.identity: dict[str, Any] = {"engine": "transformers", "model": model, "dtype": dtype}
+        self._max_tokens = max_batch_tokens or (32768 if gpu else 8192)
+        self._max_rows = 128 if gpu else 16
+        self._model = _load(model, DTYPES[dtype], self._device, trust_remote_code)
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self._chat = Chat(load_tokenizer(model, trust_remote_code), model, limit)
+        self.notes = self._chat.notes
+        self._ends = _ends(self._model, self._chat.tokenizer)
+        # The model's own defaults (a repetition penalty, top-k …) would change what a request asks for.
+        self._model.generation_config = GenerationConfig()
+        self._shares = True
+        self._waiting: list[_Job] = []
+        self._task: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._closed = False
+
+    async def complete(self, request: Request) -> Completion:
+        if self._closed:
+            raise FatalError("the engine is closed")
+        ids = self._chat.render(request)
+        self._chat.choice_ids(request.choices)  # a wrong choice fails here, not its whole batch
+        job = _Job(request, ids, asyncio.get_running_loop().create_future())
+        self._waiting.append(job)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
+        return await job.future
+
+    async def close(self) -> None:
+        """Fail what waits, wait for the batch that runs (a generation ends at its next token), and free the model."""
+        self._closed = True
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await asyncio.to_thread(self._thread.shutdown)
+        self._model = None
+        _free()
+
+    # ------------------------------------------------------------ batches
+
+    async def _work(self) -> None:
+        """Run what waits, until nothing does; the first request that finds no such task starts it."""
+        jobs: list[_Job] = []
+        try:
+            while self._waiting:
+                await self._gather()
+                jobs, self._waiting = self._waiting, []
+                for batch in self._batches(jobs):
+                    await self._run(batch)
+        finally:  # however it ends, nobody is left waiting
+            for job in jobs + self._waiting:
+                job.fail(FatalError("the engine stopped before it came to this request"))
+            self._waiting = []
+
+    async def _gather(self) -> None:
+        """Let requests arrive until none does: those that the last batch set free have then sent their next."""
+        seen = 0
+        while seen < len(self._waiting):
+            seen = len(self._waiting)
+            await asyncio.sleep(0.002)
+
+    def _batches(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
+        """Batches of one kind and of similar lengths; the longest first, so that too little memory shows at once."""
+        batch: list[_Job] = []
+        for job in sorted(jobs, key=lambda job: (job.kind, job.size), reverse=True):
+            full = len(batch) == self._max_rows or (len(batch) + 1) * max(j.size for j in [*batch, job]) > self._max_tokens
+            if batch and (full or job.kind != batch[0].kind):
+                yield batch
+                batch = []
+            batch.append(job)
+        yield batch
+
+    async def _run(self, batch: list[_Job]) -> None:
+        """Answer a batch; one that does not fit into memory is run again in halves."""
+        batch = [job for job in batch if not job.future.done()]  # without those that whoever asked gave up
+        if not batch:
+            return
+        try:
+            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
+        except Exception as error:
+            if not _out_of_memory(error):
+                failure = FatalError(f"the model failed: {first_words(error)}")
+                failure.__cause__ = error
+                for job in batch:
+                    job.fail(failure)
+                return
+        else:
+            for job, answer in zip(batch, answers, strict=True):
+                if not job.future.done():
+                    job.future.set_result(answer)
+            return
+        _free()  # only here is the error gone, and what it held
+        if len(batch) == 1:
+            batch[0].fail(RowError(f"not enough memory for a prompt of {len(batch[0].ids)} tokens"))
+            return
+        await self._run(batch[: len(batch) // 2])
+        await self._run(batch[len(batch) // 2 :])
+
+    # ------------------------------------------------------------ in the thread
+
+    @torch.inference_mode()
+    def _answer(self, batch: list[_Job]) -> list[Completion]:
+        return self._score(batch) if batch[0].request.choices else self._generate(batch)
+
+    def _score(self, batch: list[_Job]) -> list[Completion]:
+        """One token each, and how probable each choice was."""
+        logits = self._last_logits([job.ids for job in batch])
+        logprobs = logits.log_softmax(-1)
+        tokens = self._draw(batch)(None, logits).argmax(-1).tolist()
+        answers = []
+        for job, row, token in zip(batch, logprobs, tokens, strict=True):
+            spellings = self._chat.choice_ids(job.request.choices)
+            found = {choice: row[ids].logsumexp(0).item() for choice, ids in spellings.items()}
+            answers.append(Completion(self._chat.decode([token]), found, None, "length", None, len(job.ids), 1))
+        return answers
+
+    def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
+        """Logits of the token after each prompt, float32; what all prompts begin with is computed once."""
+        cache, start = self._beginning(prompts)
+        tokens, mask = self._padded([ids[start:] for ids in prompts])
+        places = (mask.cumsum(1) - 1).clamp(min=0) + start
+        mask = torch.cat([mask.new_ones(len(prompts), start), mask], 1)
+        with _float32_head(self._model):
+            out = self._model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=1,
+            )
+        logits: torch.Tensor = out.logits[:, -1].float()
+        return logits
+
+    def _beginning(self, prompts: list[list[int]]) -> tuple[DynamicCache | None, int]:
+        """The cache of the tokens that all prompts begin with, once per prompt, and their number; (None, 0) if too few.
+
+        Only where every layer attends to all that came before: padding follows, which a sliding window would count.
+        """
+        start = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        if not self._shares or len(prompts) == 1 or start < SHARED:
+            return None, 0
+        tokens = torch.tensor([prompts[0][:start]], device=self._device)
+        cache = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+        self._shares = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if not self._shares:
+            return None, 0
+        cache.batch_repeat_interleave(len(prompts))
+        return cache, start
+
+    def _generate(self, batch: list[_Job]) -> list[Completion]:
+        request = batch[0].request
+        tokens, mask = self._padded([job.ids for job in batch])
+        settings = GenerationConfig(
+            max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
+        )
+        out = self._model.generate(
+            tokens,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=[self._draw(batch)],
+            stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._closed, device=ids.device)],
+        )
+        return [self._read(job, ids) for job, ids in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True)]
+
+    def _read(self, job: _Job, ids: list[int]) -> Completion:
+        """What was generated, up to the first end (padding follows it)."""
+        end = next((n for n, token in enumerate(ids) if token in self._ends), None)
+        ids = ids if end is None else ids[: end + 1]
+        finish = "length" if end is None else "stop"
+        return Completion(self._chat.decode(ids), None, None, finish, None, len(job.ids), len(ids))
+
+    def _draw(self, batch: list[_Job]) -> _Draw:
+        r = batch[0].request
+        return _Draw(r.temperature, r.top_p, [_generator(job, self._device) for job in batch] if r.temperature else [])
+
+    @property
+    def _pad(self) -> int:
+        pad = self._chat.tokenizer.pad_token_id
+        return min(self._ends, default=0) if pad is None else pad  # any token does, as the mask hides it
+
+    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and attention mask, padded on the left, so that each row's last token is the last."""
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[self._pad] * (width - len(ids)) + ids for ids in prompts], device=self._device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
+        return tokens, mask
+
+
+class _Draw:
+    """Makes of the logits scores whose argmax is a draw: logits / T + Gumbel noise, each row's noise from its own source.
+
+    At temperature 0 the logits stay as they are.
+    """
+
+    def __init__(self, temperature: float, top_p: float, generators: list[torch.Generator]):
+        self._temperature, self._generators = temperature, generators
+        self._top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        if not self._generators:
+            return logits
+        scores = logits / self._temperature
+        if self._top_p:
+            scores = self._top_p(ids, scores)
+        waits = torch.stack([torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self._generators, strict=True)])
+        return scores - waits.clamp_(min=1e-30).log_()
+
+
+def _generator(job: _Job, device: torch.device) -> torch.Generator:
+    r = job.request
+    seed = secrets.randbits(60) if r.seed is None else int(digest([r.seed, r.sample, job.ids])[:15], 16)
+    return torch.Generator(device).manual_seed(seed)
+
+
+@contextmanager
+def _float32_head(model: Any) -> Iterator[None]:
+    """Compute the last layer in float32: logits in bf16 have steps of 1/8 from 16 up, which is much for a log-ratio."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32:
+        yield
+        return
+
+    def exact(_: Any, args: tuple[torch.Tensor], __: Any) -> torch.Tensor:
+        # In parts, for a float32 copy of all weights may not fit.
+        logits = torch.cat([linear(args[0].float(), part.float()) for part in head.weight.split(16384)], -1)
+        return logits if head.bias is None else logits + head.bias.float()
+
+    hook = head.register_forward_hook(exact)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+# ---------------------------------------------------------------- loading
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{name}': such as cpu, cuda or cuda:1") from error
+
+
+def _load(model: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise FatalError(f"no model folder '{model}'")
+    try:
+        with quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
+        return loaded.to(device).eval()
+    except Exception as error:
+        raise cannot_load(model, error) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the model may name several, such as the end of a turn and that of a text."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    return sorted(found - {None})
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
