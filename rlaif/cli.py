@@ -125,8 +125,8 @@ def label(
     columns = _pairs_of(mapping, "--map")
     job = _label_job(data, out, template, columns, seed, split, limit, both_orders, temperature, samples)
     total = job.check(keep_bad=bad_rows is BadRows.keep)
-    made = _engine(engine, model, base_url, option, limits)
-    report = job.run(made, limits, total, redo=relabel, offline=reparse)
+    made = None if reparse else _engine(engine, model, base_url, option, limits)
+    report = job.run(made, limits, total, redo=relabel)
     _say_report(report, job)
 
 

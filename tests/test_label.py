@@ -153,7 +153,9 @@ def test_a_template_that_asks_for_the_worse_one_gives_the_same_labels(tmp_path: 
     turned = label(path, tmp_path / "b.jsonl", MockEngine(k=1.5, bias=0.7), str(worse))
     assert [row["label"] for row in straight] == [row["label"] for row in turned]
     # One order's position bias turns with the polarity: a vote for the first one is a vote against it.
-    first = [[vote["soft_label"] for row in rows for vote in row["votes"] if vote["order"] == "ab"] for rows in (straight, turned)]
+    first = [
+        [vote["soft_label"] for row in rows for vote in row["votes"] if vote["order"] == "ab"] for rows in (straight, turned)
+    ]
     assert np.mean(first[0]) > np.mean(first[1])
 
 
@@ -181,7 +183,21 @@ def test_verdicts_that_are_said_plainly_are_read(text: str, value: float) -> Non
 
 @pytest.mark.parametrize(
     "text",
-    ["", "  \n", "12", "1 or 2", "1 2", "Response 1 is better than response 2", "3", "1\n2", "one", "10", "-1", "1/2", "2 out of 10"],
+    [
+        "",
+        "  \n",
+        "12",
+        "1 or 2",
+        "1 2",
+        "Response 1 is better than response 2",
+        "3",
+        "1\n2",
+        "one",
+        "10",
+        "-1",
+        "1/2",
+        "2 out of 10",
+    ],
 )
 def test_anything_else_is_no_verdict(text: str) -> None:
     assert parse_verdict(text, ("1", "2")) is None
@@ -294,24 +310,26 @@ def test_refusals_and_filters_are_refused_and_not_asked_again(server: Server, tm
     assert len(server.bodies) == calls
 
 
-def test_reparse_reads_stored_text_again_without_a_call(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.logprobs = 0
-    server.speak = lambda p: "I'd go with option one" if p > 0.5 else "I'd go with option two"
-    path = write_jsonl(tmp_path / "d.jsonl", make_rows(8))
+def test_reparse_reads_stored_text_again_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlaif.engines.openai import OpenAIEngine
 
-    def run(offline: bool) -> list[str]:
+    path = write_jsonl(tmp_path / "d.jsonl", make_rows(8))
+
+    def run(engine: OpenAIEngine | None) -> list[str]:
         labeler = PairwiseLabeler(load_template("general"), samples=2)
         job = Job(str(path), tmp_path / "o.jsonl", lambda: comparisons(str(path)), labeler, labeler.settings())
-        job.run(OpenAIEngine(base_url=server.url), Limits(), job.check(), offline=offline)
+        job.run(engine, Limits(), job.check())
         return [row["status"] for row in read_jsonl(tmp_path / "o.jsonl")]
 
-    assert run(offline=False) == ["unparsed"] * 8
-    calls = len(server.bodies)
-    # A parser that has learnt what this model says.
+    with Server() as server:
+        server.logprobs = 0
+        server.speak = lambda p: "I'd go with option one" if p > 0.5 else "I'd go with option two"
+        assert run(OpenAIEngine(base_url=server.url)) == ["unparsed"] * 8
+    # The server is gone, and the parser has learnt what this model says.
     monkeypatch.setattr("rlaif.label.pairwise.parse_verdict", lambda text, _: float(text.endswith("one")))
-    assert run(offline=True) == ["ok"] * 8
-    assert len(server.bodies) == calls
+    assert run(None) == ["ok"] * 8
+    rows = read_jsonl(tmp_path / "o.jsonl")
+    assert all((row["label"] == "a") == (row["quality_a"] > row["quality_b"]) for row in rows)
 
 
 def test_a_mock_engine_refuses_impossible_plants() -> None:

@@ -104,7 +104,9 @@ class Chat:
         try:
             text = self._template(messages) if templated else "\n\n".join([*contents, ""])
         except jinja2.TemplateError as error:
-            raise FatalError(f"the chat template of {self.model} refuses the messages: {' '.join(str(error).split())}") from error
+            raise FatalError(
+                f"the chat template of {self.model} refuses the messages: {' '.join(str(error).split())}"
+            ) from error
         # A template writes the special tokens itself; a second one at the beginning would change the answer.
         ids: list[int] = self.tokenizer(text + request.prefix, add_special_tokens=not templated, verbose=False).input_ids
         return ids

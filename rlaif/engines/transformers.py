@@ -284,7 +284,9 @@ class _Draw:
         scores = logits / self._temperature
         if self._top_p:
             scores = self._top_p(ids, scores)
-        waits = torch.stack([torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self._generators, strict=True)])
+        waits = torch.stack(
+            [torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self._generators, strict=True)]
+        )
         return scores - waits.clamp_(min=1e-30).log_()
 
 

@@ -1,0 +1,124 @@
+"""Plain-text tables of what `agreement.leaderboard` found, for a terminal of 100 columns or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+METRICS = {
+    "accuracy": ("accuracy", "label equals the human's; a tie is a label"),
+    "accuracy_all": ("accuracy, all rows", "the same, where no label is a wrong one"),
+    "accuracy_no_ties": ("accuracy, no ties", "the same, where the human prefers a or b"),
+    "coverage": ("coverage", "rows that got a label"),
+    "kappa": ("Cohen's kappa", "agreement beyond chance (0 chance, 1 full)"),
+    "alpha": ("Krippendorff's alpha", "the same, among all the human votes"),
+    "brier": ("Brier score", "squared error of soft labels (always .5: .25)"),
+    "ece": ("calibration error", "distance of confidence from accuracy"),
+    "position_bias": ("position bias", "same position preferred in both orders"),
+    "first_position": ("… for the first", "of these, the first-shown position"),
+    "longer_labeler": ("longer: labeler", "labeler prefers the longer response"),
+    "longer_human": ("longer: human", "human prefers the longer response"),
+    "length_bias": ("length bias", "the difference (0: as the human does)"),
+}
+"""Metric to its name in a table and what it says."""
+
+HUMAN = {
+    "alpha": ("humans: alpha", "Krippendorff's alpha without the labeler"),
+    "fleiss": ("humans: Fleiss' kappa", "Fleiss' kappa, of rows with every vote"),
+}
+
+LEGEND = (
+    "accuracy, all: share of the rows with a human label (n) that got the same label; no label is wrong.",
+    "labelled: the same share of only the rows that got a label. kappa: agreement beyond chance (0 chance, 1 full).",
+)
+
+
+def render(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
+    """All of one labeler's metrics, or nothing of them where there are several, then the leaderboard with the baselines.
+
+    `results` are `agreement.leaderboard`'s. Numbers have three decimals, what is undefined is a dash.
+    """
+    labelers = [result for result in results if not result["baseline"]]
+    parts = [detail(labelers[0], width)] if len(labelers) == 1 else []
+    return "\n\n".join([*parts, leaderboard(results, width)])
+
+
+def detail(result: Mapping[str, Any], width: int = 100) -> str:
+    """One labeler: its rows by status and human label, and every metric with its interval and meaning."""
+    table = _table("", "value", "95 % interval", "n", says=True)
+    for name, (title, says) in METRICS.items():
+        table.add_row(title, *_cells(result["metrics"][name]), says)
+    for name, estimate in result["human"].items():
+        title, says = HUMAN.get(name) or _pair(name)
+        table.add_row(title, *_cells(estimate), says)
+    return "\n".join([*_heading(result["name"], result["counts"]), "", _text(table, width)])
+
+
+def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
+    """Labelers and baselines, best first, with a word on rows that differ between labelers."""
+    table = _table("labeler", "accuracy, all", "95 % interval", "n", "labelled", "kappa", "coverage")
+    for result in results:
+        metrics = result["metrics"]
+        others = (_number(metrics[name]["value"]) for name in ("accuracy", "kappa", "coverage"))
+        name = f"({result['name']})" if result["baseline"] else result["name"]
+        table.add_row(name, *_cells(metrics["accuracy_all"]), *others)
+    return "\n".join([_text(table, width), "", *LEGEND, *_notes(results)])
+
+
+def _heading(name: str, counts: Mapping[str, Any]) -> list[str]:
+    statuses = _listed((count, status) for status, count in counts["statuses"].items())
+    return [
+        f"{name}: {counts['rows']} rows of {counts['prompts']} prompts, {counts['labelled']} labelled"
+        + (f" ({statuses})" if statuses else ""),
+        f"human label: {counts['human']} rows ({counts['human_ties']} tie), "
+        f"{counts['human_undecided']} without a majority, {counts['human_missing']} without a vote; "
+        "intervals by resampling prompts",
+    ]
+
+
+def _listed(counts: Iterable[tuple[int, str]]) -> str:
+    return ", ".join(f"{count} {what}" for count, what in counts if count)
+
+
+def _pair(name: str) -> tuple[str, str]:
+    first, second = name.split("_")[1:]
+    return f"humans: kappa {first}, {second}", f"Cohen's kappa of raters {first} and {second}"
+
+
+def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    notes = ["(in brackets): baselines."]
+    rows = {result["metrics"]["accuracy_all"]["n"] for result in results if not result["baseline"]}
+    if len(rows) > 1:
+        notes.append("The labelers were measured on different rows: do not compare them without a look at n.")
+    return notes
+
+
+def _table(*columns: str, says: bool = False) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    if says:
+        table.add_column("what it says", overflow="fold")
+    return table
+
+
+def _cells(estimate: Mapping[str, Any]) -> tuple[str, str, str]:
+    low, high = estimate["low"], estimate["high"]
+    interval = "–" if low is None else f"{_number(low)} to {_number(high)}"
+    return _number(estimate["value"]), interval, str(estimate["n"])
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
+
+
+def _text(table: Table, width: int) -> str:
+    """The table as lines without colours or trailing blanks; names are shown as they are, brackets and all."""
+    console = Console(file=StringIO(), width=width, color_system=None, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
