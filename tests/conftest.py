@@ -53,7 +53,9 @@ def make_rows(count: int, prompts: int | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def cli(*args: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def cli(
+    *args: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     """Run `rlaif` as a user does, in a process of its own, without any key of the environment's."""
     return subprocess.run(
         [sys.executable, "-m", "rlaif.cli", *map(str, args)],
@@ -61,7 +63,7 @@ def cli(*args: str | Path, env: dict[str, str] | None = None, cwd: Path | None =
         text=True,
         env=clean_env(env),
         cwd=cwd,
-        timeout=240,
+        timeout=timeout,
     )
 
 

@@ -155,7 +155,7 @@ def baselines(
     seed: int = 0,
     values: Mapping[str, str] | None = None,
 ) -> list[Alignment]:
-    """What no judgement at all reaches, and what a human does, by the labeler's own metrics.
+    """What no judgement at all reaches, and what a human does, by the labeler's own metrics but `alpha`.
 
     - `always first`: the label a for every row;
     - `longer response`: the one with more characters, a tie where they are equal, no label where one is not text;
@@ -206,7 +206,8 @@ def _rank(result: Alignment) -> float:
 
 
 def _baseline(name: str, sample: Sample, resamples: int, seed: int) -> Alignment:
-    found = estimates(statistics(sample), sample.prompts, resamples, seed)
+    measures = {key: s for key, s in statistics(sample).items() if key != "alpha"}
+    found = estimates(measures, sample.prompts, resamples, seed)
     return Alignment(name, True, _counts(sample, {}), found, {}, [])
 
 
@@ -514,9 +515,8 @@ def calibration(sample: Sample) -> list[Bin]:
 
 
 def _share(hits: Bools, among: Bools) -> Statistic:
-    rows = np.flatnonzero(among)
-    hit = hits[rows].astype(np.float64)
-    return Statistic(len(rows), lambda w: _ratio(float(w[rows] @ hit), float(w[rows].sum())))
+    rows, hit = np.flatnonzero(among), np.flatnonzero(hits & among)
+    return Statistic(len(rows), lambda w: _ratio(float(w[hit].sum()), float(w[rows].sum())))
 
 
 def _ratio(part: float, whole: float) -> float:

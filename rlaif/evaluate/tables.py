@@ -16,7 +16,7 @@ METRICS = {
     "coverage": ("coverage", "rows that got a label"),
     "kappa": ("Cohen's kappa", "agreement beyond chance (0 chance, 1 full)"),
     "alpha": ("Krippendorff's alpha", "the same, among all the human votes"),
-    "brier": ("Brier score", "squared error of soft labels (always .5: .25)"),
+    "brier": ("Brier score", "squared error of soft labels (0 is best)"),
     "ece": ("calibration error", "distance of confidence from accuracy"),
     "position_bias": ("position bias", "same position preferred in both orders"),
     "first_position": ("… for the first", "of these, the first-shown position"),
