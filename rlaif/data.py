@@ -6,7 +6,9 @@ import gzip
 import json
 import os
 import random
+import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ RESERVED = ("status", "soft_label", "label", "votes", "error")
 """Columns that a labelled file adds; an input that already has one must rename it, or it would be lost."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,8 @@ def read_rows(source: str, split: str | None = None) -> Iterator[tuple[str, Row]
     if source.endswith(SUFFIXES):
         if not path.exists():
             raise UsageError(f"no such file: {source}")
+        if split:
+            raise UsageError(f"{source} has no splits: --split goes with a saved dataset or a hub name")
         return _parquet_rows(path) if source.endswith(".parquet") else _jsonl_rows(path)
     if path.exists():
         raise UsageError(f"{source}: unknown file type; known: {', '.join(SUFFIXES)}, a saved dataset, a hub name")
@@ -67,14 +73,14 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path} line {number}", _object(line, f"{path} line {number}")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} after line {number}: cannot be read: {error}") from error
 
 
 def _object(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise UsageError(f"{where}: expected a JSON object with named columns, got {_kind(row)}")
@@ -112,6 +118,8 @@ def _dataset_rows(source: str, split: str | None, saved: bool) -> Iterator[tuple
         if name not in data:
             raise UsageError(f"{source} has no split '{name}': it has {', '.join(data)}")
         data = data[name]
+    elif split:
+        raise UsageError(f"{source} has no splits: it is a single one")
     for number, row in enumerate(data, 1):
         yield f"{source} row {number}", dict(row)
 
@@ -168,6 +176,9 @@ def _renamed(row: Row, mapping: Mapping[str, str], where: str) -> Row:
         if new in row and new not in mapping.values():
             raise UsageError(f"{where}: --map {new}={old}: column '{new}' is there already and would be lost")
     names = {old: new for new, old in mapping.items()}
+    if len(names) < len(mapping):
+        twice = next(new for new, old in mapping.items() if names[old] != new)
+        raise UsageError(f"--map {twice}={mapping[twice]}: column '{mapping[twice]}' is renamed twice")
     return {names.get(name, name): value for name, value in row.items()}
 
 
@@ -215,10 +226,16 @@ def _from_preference(row: Row, seed: int) -> tuple[Row, str | None]:
     first, chosen = _split(row["chosen"], row.get("prompt"))
     second, rejected = _split(row["rejected"], row.get("prompt"))
     problem = None
-    if chosen is None or rejected is None:
-        problem = "columns 'chosen' and 'rejected': expected dialogues that end with an assistant turn"
-    elif first != second:
+    for name, response in (("rejected", rejected), ("chosen", chosen)):
+        if response is None:
+            expected = "a dialogue" if row.get("prompt") is None else "text, or messages"
+            problem = f"column '{name}': expected {expected} ending with an assistant turn, got {_kind(row[name])}"
+        elif not response.strip():
+            problem = f"column '{name}': the response is empty"
+    if problem is None and first != second:
         problem = "columns 'chosen' and 'rejected' differ before the last assistant turn: they answer different prompts"
+    elif problem is None and chosen == rejected:
+        problem = "columns 'chosen' and 'rejected' are identical: there is nothing to compare"
     chosen_is_a = random.Random(digest([seed, row["chosen"], row["rejected"]])).random() < 0.5
     a, b = (chosen, rejected) if chosen_is_a else (rejected, chosen)
     human = {} if "human_label" in row else {"human_label": "a" if chosen_is_a else "b"}
@@ -313,6 +330,8 @@ def check_output(out: Path) -> None:
     """Raises: UsageError when rows could not be written to `out`: its ending is unknown, or its folder missing or closed."""
     if not out.name.endswith(SUFFIXES):
         raise UsageError(f"{out}: the output must end in {', '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: no such folder: {out.parent}")
     if not os.access(out.parent, os.W_OK):
@@ -342,9 +361,12 @@ def _write_parquet(path: Path, rows: Callable[[], Iterable[Row]]) -> None:
     import pyarrow.parquet as pq
 
     schema = parquet_schema(rows())
+    done = 0
     with pq.ParquetWriter(path, schema) as writer:
-        for chunk in chunks(rows(), 1000):
-            writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
+        for chunk in chunks(map(_encodable, rows()), 1000):
+            columns = [_column(field.name, chunk, done, field.type) for field in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            done += len(chunk)
 
 
 def parquet_schema(rows: Iterable[Row]) -> Any:
@@ -353,20 +375,47 @@ def parquet_schema(rows: Iterable[Row]) -> Any:
     Raises: UsageError when a column mixes types that no parquet type holds.
     """
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     schema = pa.schema([])
     done = 0
-    for chunk in chunks(rows, 1000):
-        try:
-            for name in {name: None for row in chunk for name in row}:
-                values = [row.get(name) for row in chunk]
-                field = pa.field(name, pa.infer_type(values))
-                schema = pa.unify_schemas([schema, pa.schema([field])], promote_options="permissive")
-        except (pa.ArrowException, TypeError) as error:
-            rows_named = f"rows {done + 1} to {done + len(chunk)}"
-            raise UsageError(f"column '{name}', {rows_named}: no parquet type holds all its values: {error}") from error
+    for chunk in chunks(map(_encodable, rows), 1000):
+        for name in {name: None for row in chunk for name in row}:
+            found = pa.schema([pa.field(name, _column(name, chunk, done).type)])
+            try:
+                schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise _no_type(name, done, len(chunk), error) from error
         done += len(chunk)
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), schema).close()
+    except pa.ArrowException as error:  # an object that is empty in every row
+        raise UsageError(f"no parquet file can hold these columns: {error}") from error
     return schema
+
+
+def _column(name: str, chunk: list[Row], done: int, kind: Any = None) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array([row.get(name) for row in chunk], kind)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise _no_type(name, done, len(chunk), error) from error
+
+
+def _no_type(name: str, done: int, count: int, error: Exception) -> UsageError:
+    return UsageError(f"column '{name}', rows {done + 1} to {done + count}: no parquet type holds all its values: {error}")
+
+
+def _encodable(value: Any) -> Any:
+    """The value with U+FFFD for each lone surrogate, which parquet's UTF-8 cannot hold."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_encodable(item) for item in value]
+    return value
 
 
 def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

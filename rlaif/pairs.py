@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlaif.data import as_messages, as_text
-from rlaif.records import LABELLED, Row
+from rlaif.label.pairwise import hard_label
+from rlaif.records import LABELLED, Row, UsageError
 
 
 @dataclass
@@ -32,6 +33,8 @@ def training_pairs(rows: Iterable[Row], settings: PairSettings) -> Iterator[Row]
 
     The margin is how far the labeler prefers the chosen response, 2·P − 1 of its own soft label, in [0, 1]. Rows that
     give no pair are counted in `settings.dropped` by the reason why.
+
+    Raises: UsageError for a labelled row whose label is not that of its soft label, for then one of them is not ours.
     """
     for row in rows:
         reason = _reason(row, settings)
@@ -44,9 +47,12 @@ def training_pairs(rows: Iterable[Row], settings: PairSettings) -> Iterator[Row]
 def _reason(row: Row, settings: PairSettings) -> str | None:
     if row["status"] not in LABELLED:
         return str(row["status"])
+    soft = row["soft_label"]
+    if not isinstance(soft, float | int) or not 0 <= soft <= 1 or row["label"] != hard_label(soft):
+        raise UsageError(f"row '{row['id']}': label {row['label']!r} and soft_label {soft!r} do not belong together")
     if row["label"] == "tie" and (settings.drop_ties or settings.hard):
         return "tie"
-    if max(row["soft_label"], 1 - row["soft_label"]) < settings.min_confidence:
+    if max(soft, 1 - soft) < settings.min_confidence:
         return "below the minimum confidence"
     return None
 

@@ -54,15 +54,15 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        rate = self.tally.rows / max(self.tally.seconds, 1e-9)
-        left = (self.total - self.tally.rows) / rate if rate else 0.0
-        print(f"{self.what} {self.tally.rows}/{self.total} {self._facts()} {left:.0f} s left", file=sys.stderr, flush=True)
+        left = self.total - self.tally.rows
+        until = f" · {left / self.tally.rate:.0f} s left" if left and self.tally.rate else ""
+        print(f"{self.what} {self.tally.rows}/{self.total} · {self._facts()}{until}", file=sys.stderr, flush=True)
 
     def _facts(self) -> str:
         tally = self.tally
         failures = tally.rows - tally.statuses["ok"] - tally.statuses["tie"]
         parts = [
-            f"{tally.rows / max(tally.seconds, 1e-9):.1f} rows/s",
+            f"{tally.rate:.1f} rows/s",
             f"{tally.prompt_tokens + tally.completion_tokens:,} tokens",
         ]
         if tally.cost:

@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from rlaif.records import Message, UsageError, digest
 
 PACKAGE = Path(__file__).parent
-FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.DOTALL)
+FRONT = re.compile(r"\A---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 TAG = re.compile(r"</?([A-Za-z][\w.-]*)")
 CHAT_MARKERS = re.compile(
     r"<(?=[|｜])"
@@ -58,8 +58,10 @@ def fence(text: str, tags: frozenset[str]) -> str:
 def _fenced(value: Any, tags: frozenset[str]) -> Any:
     if isinstance(value, str):
         return fence(value, tags)
+    if isinstance(value, bytes):
+        return fence(value.decode("utf-8", "replace"), tags)
     if isinstance(value, Mapping):
-        return {key: _fenced(item, tags) for key, item in value.items()}
+        return {_fenced(key, tags): _fenced(item, tags) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_fenced(item, tags) for item in value]
     return value
@@ -77,7 +79,7 @@ class _Loader(jinja2.BaseLoader):
         for folder in self.folders:
             path = (folder / template).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
-                text = path.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8-sig")
                 self.texts[template] = text
                 self.settings[template] = _front(text, path)
                 # Blank lines in place of the head, so that an error's line number is the file's.
@@ -87,13 +89,20 @@ class _Loader(jinja2.BaseLoader):
 
 def _front(text: str, path: Path) -> dict[str, Any]:
     head = FRONT.match(text)
+    if not head:
+        if text.lstrip().startswith("---"):  # settings that are overlooked could turn every label round
+            raise UsageError(f"{path}: the settings at its head must stand between two lines of --- alone, the first line one")
+        return {}
     try:
-        settings = yaml.safe_load(head.group(1)) if head else {}
-    except yaml.YAMLError as error:
+        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(head.group(1)))
+        settings = {} if aliases else yaml.safe_load(head.group(1))
+    except Exception as error:  # beside YAMLError, whatever int() and their like raise in PyYAML
         raise UsageError(f"{path}: the settings at its head are not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
+    if aliases:  # a few lines of them can stand for gigabytes
+        raise UsageError(f"{path}: the settings at its head hold an alias (*name): write it out")
+    if not isinstance(settings, dict | None):
         raise UsageError(f"{path}: the settings at its head must be 'name: value' lines")
-    return settings
+    return settings or {}
 
 
 @dataclass
@@ -116,19 +125,21 @@ class Template:
     def render(self, **values: Any) -> tuple[tuple[Message, ...], str]:
         """The messages, and the beginning of the assistant's turn. Every text among `values` is fenced.
 
-        Raises: UsageError naming the template and the line when it cannot be rendered.
+        Raises: UsageError naming the template when it cannot be rendered, or says nothing to the model.
         """
         try:
             context = self.source.new_context(_fenced(values, self.tags))
             for _ in self.source.root_render_func(context):  # collects the blocks of every parent too
                 pass
             text = {name: "".join(blocks[0](context)).strip() for name, blocks in context.blocks.items()}
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        except Exception as error:  # a template is its author's program: whatever goes wrong in there is a mistake in it
             raise UsageError(f"template {self.name}: {_one_line(error)}") from error
         messages: list[Message] = []
         if text.get("system"):
             messages.append({"role": "system", "content": text["system"]})
         user = "\n\n".join(text[name] for name in USER_BLOCKS if text.get(name))
+        if not user:
+            raise UsageError(f"template {self.name}: nothing to say in the blocks {', '.join(USER_BLOCKS)}")
         messages.append({"role": "user", "content": user})
         return tuple(messages), text.get("prefix", "")
 
@@ -166,7 +177,7 @@ def _compile(inner: str, name: str, loader: _Loader) -> Template:
         settings.update(text_settings)
     unknown = set(settings) - {"description", "choices", "asks_for"}
     if unknown:
-        raise UsageError(f"template {name}: unknown setting '{min(unknown)}'; known: description, choices, asks_for")
+        raise UsageError(f"template {name}: unknown setting '{min(unknown, key=str)}'; known: description, choices, asks_for")
     choices = settings.get("choices", ["1", "2"])
     if not isinstance(choices, list) or len(choices) != 2 or not all(isinstance(c, str) and c.strip() for c in choices):
         raise UsageError(f'template {name}: choices must be two texts, such as ["1", "2"] (quoted), got {choices}')
@@ -205,5 +216,7 @@ def list_templates(kind: str = "pairwise") -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, jinja2.TemplateNotFound):
+        return f"no template '{error.name}' in its own folder or among the shipped ones"
     line = getattr(error, "lineno", None)
     return " ".join(str(error).split()) + (f" (line {line})" if line else "")

@@ -74,6 +74,7 @@ class Tally:
 
     statuses: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STATUSES, 0))
     rows: int = 0
+    found: int = 0  # rows that an earlier run had finished
     calls: int = 0
     retries: int = 0
     prompt_tokens: int = 0
@@ -84,6 +85,11 @@ class Tally:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Rows a second, of those that this run worked on."""
+        return (self.rows - self.found) / max(self.seconds, 1e-9)
 
 
 class Runner:
@@ -162,6 +168,7 @@ class Runner:
         found = result or self.store.result(key)
         assert found is not None
         self.tally.rows += 1
+        self.tally.found += result is None
         self.tally.statuses[found["status"]] += 1
 
     # ------------------------------------------------------------ one request

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer
 
-from rlaif.records import FatalError, Message, Request, RowError
+from rlaif.records import FatalError, Message, Request, RowError, digest
 
 BREAK = "\u200b"
 """Zero-width space: put after a marker's first character, it leaves the text as it looks and the marker powerless."""
@@ -123,6 +123,11 @@ class Chat:
                 continue
             return {marker for piece in text.split(PROBE) for marker in MARKER.findall(piece)}
         return set()
+
+
+def own_seed(request: Request, ids: list[int]) -> int | None:
+    """A seed for this very request, from its own, its sample's number and its prompt: samples must differ."""
+    return None if request.seed is None else int(digest([request.seed, request.sample, ids])[:15], 16)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:

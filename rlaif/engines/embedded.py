@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,7 +81,7 @@ def _convert(source: Path, target: Path) -> None:
     with redirect_stderr(StringIO()):  # progress bars, one of which has no other switch
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
         except Exception as error:
             raise cannot_load(NAME, error) from error
         model.hf_quantizer.remove_quantization_config(model)  # else it can be neither saved nor trained

@@ -8,19 +8,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
-from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer
-from rlaif.records import Completion, FatalError, Request, RowError, UsageError, digest
+from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer, own_seed
+from rlaif.records import Completion, FatalError, Request, RowError, UsageError
 
+hf: Any = transformers  # its own annotations are partial
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED = 16
 """Tokens that all prompts of a batch must begin with for it to be worth computing them once."""
@@ -89,7 +88,7 @@ class TransformersEngine:
         self.notes = self._chat.notes
         self._ends = _ends(self._model, self._chat.tokenizer)
         # The model's own defaults (a repetition penalty, top-k …) would change what a request asks for.
-        self._model.generation_config = GenerationConfig()
+        self._model.generation_config = hf.GenerationConfig()
         self._shares = True
         self._waiting: list[_Job] = []
         self._task: asyncio.Task[None] | None = None
@@ -110,7 +109,7 @@ class TransformersEngine:
     async def close(self) -> None:
         """Fail what waits, wait for the batch that runs (a generation ends at its next token), and free the model."""
         self._closed = True
-        if self._task:
+        if self._task and not self._task.done():
             self._task.cancel()
             await asyncio.wait([self._task])
         await asyncio.to_thread(self._thread.shutdown)
@@ -213,17 +212,20 @@ class TransformersEngine:
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits
 
-    def _beginning(self, prompts: list[list[int]]) -> tuple[DynamicCache | None, int]:
+    def _beginning(self, prompts: list[list[int]]) -> tuple[Any, int]:
         """The cache of the tokens that all prompts begin with, once per prompt, and their number; (None, 0) if too few.
 
         Only where every layer attends to all that came before: padding follows, which a sliding window would count.
         """
-        start = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+        # What the least and the greatest in lexical order begin with, all between them do.
+        least, greatest = min(prompts), max(prompts)
+        start = next((n for n, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b), len(least))
+        start = min(start, min(map(len, prompts)) - 1)  # at least one token must be left to each
         if not self._shares or len(prompts) == 1 or start < SHARED:
             return None, 0
         tokens = torch.tensor([prompts[0][:start]], device=self._device)
         cache = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-        self._shares = type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        self._shares = type(cache) is hf.DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
         if not self._shares:
             return None, 0
         cache.batch_repeat_interleave(len(prompts))
@@ -232,7 +234,7 @@ class TransformersEngine:
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         request = batch[0].request
         tokens, mask = self._padded([job.ids for job in batch])
-        settings = GenerationConfig(
+        settings = hf.GenerationConfig(
             max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
         )
         out = self._model.generate(
@@ -253,7 +255,8 @@ class TransformersEngine:
 
     def _draw(self, batch: list[_Job]) -> _Draw:
         r = batch[0].request
-        return _Draw(r.temperature, r.top_p, [_generator(job, self._device) for job in batch] if r.temperature else [])
+        generators = [_generator(job, self._device) for job in batch] if r.temperature else []
+        return _Draw(r.temperature, r.top_p, generators)
 
     @property
     def _pad(self) -> int:
@@ -276,7 +279,7 @@ class _Draw:
 
     def __init__(self, temperature: float, top_p: float, generators: list[torch.Generator]):
         self._temperature, self._generators = temperature, generators
-        self._top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
+        self._top_p = hf.TopPLogitsWarper(top_p) if top_p < 1 else None
 
     def __call__(self, ids: Any, logits: torch.Tensor) -> torch.Tensor:
         if not self._generators:
@@ -291,9 +294,8 @@ class _Draw:
 
 
 def _generator(job: _Job, device: torch.device) -> torch.Generator:
-    r = job.request
-    seed = secrets.randbits(60) if r.seed is None else int(digest([r.seed, r.sample, job.ids])[:15], 16)
-    return torch.Generator(device).manual_seed(seed)
+    seed = own_seed(job.request, job.ids)
+    return torch.Generator(device).manual_seed(secrets.randbits(60) if seed is None else seed)
 
 
 @contextmanager
@@ -306,7 +308,7 @@ def _float32_head(model: Any) -> Iterator[None]:
 
     def exact(_: Any, args: tuple[torch.Tensor], __: Any) -> torch.Tensor:
         # In parts, for a float32 copy of all weights may not fit.
-        logits = torch.cat([linear(args[0].float(), part.float()) for part in head.weight.split(16384)], -1)
+        logits = torch.cat([linear(args[0].float(), part.float()) for part in head.weight.chunk(8)], -1)
         return logits if head.bias is None else logits + head.bias.float()
 
     hook = head.register_forward_hook(exact)
@@ -331,7 +333,7 @@ def _load(model: str, dtype: torch.dtype, device: torch.device, trust_remote_cod
         raise FatalError(f"no model folder '{model}'")
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded = hf.AutoModelForCausalLM.from_pretrained(
                 model, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
             )
         return loaded.to(device).eval()
@@ -342,6 +344,7 @@ def _load(model: str, dtype: torch.dtype, device: torch.device, trust_remote_cod
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of transformers."""
+    logging = hf.utils.logging
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -2,7 +2,7 @@
 
 Metrics follow RLAIF (Lee et al., arXiv 2309.00267, §2.3 and appendix B), calibration Guo et al. (arXiv 1706.04599, §2).
 Every interval is a percentile bootstrap over prompts: rows of one prompt are drawn together, for they are not independent
-(Field and Welsh, J. R. Stat. Soc. B 69, 2007, §2).
+(Field and Welsh, Bootstrapping clustered data, J. R. Stat. Soc. B 69, 2007).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sklearn.metrics import brier_score_loss, cohen_kappa_score
 from statsmodels.stats.inter_rater import fleiss_kappa
 
 from rlaif.label.pairwise import hard_label
-from rlaif.records import LABELLED, Label, Row, UsageError
+from rlaif.records import LABELLED, STATUSES, Label, Row, UsageError
 
 Votes = list[Label | None]
 """One row's human votes; None is a vote that is missing."""
@@ -133,7 +133,7 @@ def align(
     human labels that are ambiguous or all missing.
     """
     votes = human_votes(rows, human_column, values)
-    sample = _sample(rows, votes, label_column)
+    sample = sample_of(rows, votes, label_column)
     statuses = Counter(str(row["status"]) for row in rows if "status" in row) if label_column == "label" else Counter()
     measures = {f"labeler {key}": s for key, s in statistics(sample).items()}
     among = {f"human {key}": s for key, s in human_statistics(votes).items()}
@@ -141,7 +141,7 @@ def align(
     return Alignment(
         name,
         False,
-        _counts(sample, dict(statuses)),
+        _counts(sample, {status: statuses[status] for status in (*STATUSES, *statuses) if status in statuses}),
         {key.removeprefix("labeler "): found[key] for key in measures},
         {key.removeprefix("human "): found[key] for key in among},
         calibration(sample),
@@ -167,7 +167,7 @@ def baselines(
     Raises: UsageError as `align` does.
     """
     votes = human_votes(rows, human_column, values)
-    sample = _sample(rows, votes, None)
+    sample = sample_of(rows, votes, None)
     named = {
         "always first": replace(sample, labels=np.full_like(sample.labels, A)),
         "longer response": replace(sample, labels=sample.longer),
@@ -316,7 +316,7 @@ class Sample:
         return Sample(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def _sample(rows: Sequence[Row], votes: Sequence[Votes], label_column: str | None) -> Sample:
+def sample_of(rows: Sequence[Row], votes: Sequence[Votes], label_column: str | None) -> Sample:
     """Rows as arrays; without a label column, no row has a label."""
     _require(rows, "prompt")
     own = label_column == "label"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
+from textwrap import fill
 from typing import Any
 
 from rich.console import Console
@@ -32,8 +33,8 @@ HUMAN = {
 }
 
 LEGEND = (
-    "accuracy, all: share of the rows with a human label (n) that got the same label; no label is wrong.",
-    "labelled: the same share of only the rows that got a label. kappa: agreement beyond chance (0 chance, 1 full).",
+    "accuracy, all: rows with a human label (n) that got the same label; no label is a wrong one.",
+    "labelled: the same, of only the rows that got a label. kappa: agreement beyond chance.",
 )
 
 
@@ -55,7 +56,8 @@ def detail(result: Mapping[str, Any], width: int = 100) -> str:
     for name, estimate in result["human"].items():
         title, says = HUMAN.get(name) or _pair(name)
         table.add_row(title, *_cells(estimate), says)
-    return "\n".join([*_heading(result["name"], result["counts"]), "", _text(table, width)])
+    heading = [fill(line, width, subsequent_indent="  ") for line in _heading(result["name"], result["counts"])]
+    return "\n".join([*heading, "", _text(table, width)])
 
 
 def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
@@ -66,7 +68,7 @@ def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
         others = (_number(metrics[name]["value"]) for name in ("accuracy", "kappa", "coverage"))
         name = f"({result['name']})" if result["baseline"] else result["name"]
         table.add_row(name, *_cells(metrics["accuracy_all"]), *others)
-    return "\n".join([_text(table, width), "", *LEGEND, *_notes(results)])
+    return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
 
 
 def _heading(name: str, counts: Mapping[str, Any]) -> list[str]:
