@@ -58,8 +58,8 @@ class TransformersEngine:
     of randomness of its own, so that with a seed it does not depend on the requests beside it, except where rounding tips
     a close draw (rare in fp32, not in bf16).
 
-    dtype: `bf16` or `fp32`; on a GPU bf16 unless given, else fp32. device: as torch names it; a GPU where there is one.
-    trust_remote_code: run the code that comes with a model.
+    dtype: `bf16` or `fp32`; bf16 unless given, but fp32 on a CPU that has no instructions for it. device: as torch names
+    it; a GPU where there is one. trust_remote_code: run the code that comes with a model.
 
     Raises: UsageError for an unknown dtype or device, FatalError where the model cannot be loaded.
     """
@@ -74,7 +74,7 @@ class TransformersEngine:
     ):
         self._device = _device(device)
         gpu = self._device.type != "cpu"
-        dtype = dtype or ("bf16" if gpu else "fp32")
+        dtype = dtype or ("bf16" if gpu or _cpu_has_bf16() else "fp32")
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
         if max_batch_tokens is not None and max_batch_tokens < 1:
@@ -326,6 +326,11 @@ def _device(name: str | None) -> torch.device:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UsageError(f"unknown device '{name}': such as cpu, cuda or cuda:1") from error
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether bf16 runs on this CPU as such: several times as fast as fp32 then, and slower where it is emulated."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _load(model: str, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:

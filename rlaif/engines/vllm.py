@@ -115,7 +115,7 @@ class VllmEngine:
 
 def _start(model: str, trust_remote_code: bool, **settings: Any) -> Any:
     """vLLM's engine, in a process of its own: half a minute."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each weight that it converts
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform

@@ -33,8 +33,8 @@ HUMAN = {
 }
 
 LEGEND = (
-    "accuracy, all: rows with a human label (n) that got the same label; no label is a wrong one.",
-    "labelled: the same, of only the rows that got a label. kappa: agreement beyond chance.",
+    "accuracy, all: rows with a human label (n) that got the same label; no label is a wrong one. kappa: beyond chance. "
+    "Brier, ECE: of soft labels. position: same position preferred in both orders. coverage: rows that got a label.",
 )
 
 
@@ -54,18 +54,19 @@ def detail(result: Mapping[str, Any], width: int = 100) -> str:
     for name, (title, says) in METRICS.items():
         table.add_row(title, *_cells(result["metrics"][name]), says)
     for name, estimate in result["human"].items():
-        title, says = HUMAN.get(name) or _pair(name)
-        table.add_row(title, *_cells(estimate), says)
+        if estimate["n"]:  # rows with several votes
+            title, says = HUMAN.get(name) or _pair(name)
+            table.add_row(title, *_cells(estimate), says)
     heading = [fill(line, width, subsequent_indent="  ") for line in _heading(result["name"], result["counts"])]
     return "\n".join([*heading, "", _text(table, width)])
 
 
 def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     """Labelers and baselines, best first, with a word on rows that differ between labelers."""
-    table = _table("labeler", "accuracy, all", "95 % interval", "n", "labelled", "kappa", "coverage")
+    table = _table("labeler", "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
     for result in results:
         metrics = result["metrics"]
-        others = (_number(metrics[name]["value"]) for name in ("accuracy", "kappa", "coverage"))
+        others = (_number(metrics[name]["value"]) for name in ("kappa", "brier", "ece", "position_bias", "coverage"))
         name = f"({result['name']})" if result["baseline"] else result["name"]
         table.add_row(name, *_cells(metrics["accuracy_all"]), *others)
     return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
