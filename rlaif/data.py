@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import random
 import re
@@ -353,7 +354,20 @@ def write_rows(out: Path, rows: Callable[[], Iterable[Row]]) -> None:
 
 def _write_jsonl(file: IO[bytes] | gzip.GzipFile, rows: Iterable[Row]) -> None:
     for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n")
+        try:
+            text = json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+        except ValueError:
+            text = json.dumps(_finite(row), ensure_ascii=False, default=str)
+        file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _write_parquet(path: Path, rows: Callable[[], Iterable[Row]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.data import as_messages, as_text
+from rlaif.data import ASSISTANT, HUMAN, as_messages, as_text
 from rlaif.label.pairwise import hard_label
 from rlaif.records import LABELLED, Row, UsageError
 
@@ -73,7 +73,11 @@ def _pair(row: Row, settings: PairSettings) -> Row:
 
 def _texts(prompt: Any, chosen: str, rejected: str, conversational: bool) -> dict[str, Any]:
     if not conversational:
-        return {"prompt": as_text(prompt), "chosen": chosen, "rejected": rejected}
+        text = as_text(prompt) or ""
+        if text.lstrip().startswith(HUMAN.strip()):
+            # Trainers put prompt and response together as they are: the turn begins as in hh-rlhf's own dialogues.
+            text, chosen, rejected = text + ASSISTANT, f" {chosen}", f" {rejected}"
+        return {"prompt": text, "chosen": chosen, "rejected": rejected}
     return {
         "prompt": as_messages(prompt),
         "chosen": [{"role": "assistant", "content": chosen}],

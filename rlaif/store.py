@@ -44,7 +44,10 @@ class Store:
 
     def __init__(self, path: Path):
         self.path = path
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=0)
+        except sqlite3.Error as error:
+            raise RlaifError(f"{path}: cannot be opened: {error}") from error
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -72,8 +75,8 @@ class Store:
 
     def settings(self) -> dict[str, Any] | None:
         """The settings that the rows in here were made with; None in a new store."""
-        found = self._db.execute("SELECT value FROM meta WHERE name = 'settings'").fetchone()
-        return json.loads(found[0]) if found else None
+        found = self._read("SELECT value FROM meta WHERE name = 'settings'")
+        return self._load(found[0]) if found else None
 
     def set_settings(self, settings: Mapping[str, Any]) -> None:
         text = json.dumps(settings, sort_keys=True)
@@ -82,8 +85,8 @@ class Store:
     def completion(self, key: str, even_failed: bool = False) -> Completion | None:
         """The stored answer to a request; one that its row failed with only when asked for."""
         query = "SELECT value FROM completions WHERE key = ?" + ("" if even_failed else " AND usable")
-        found = self._db.execute(query, (key,)).fetchone()
-        return Completion(**json.loads(found[0]), key=key) if found else None
+        found = self._read(query, key)
+        return Completion(**self._load(found[0]), key=key) if found else None
 
     def add_completion(self, key: str, completion: Completion) -> None:
         value = asdict(completion)
@@ -93,12 +96,12 @@ class Store:
 
     def result(self, key: str) -> Row | None:
         """The stored result of a row, whatever its status."""
-        found = self._db.execute("SELECT value FROM rows WHERE key = ?", (key,)).fetchone()
-        return json.loads(found[0]) if found else None
+        found = self._read("SELECT value FROM rows WHERE key = ?", key)
+        return self._load(found[0]) if found else None
 
     def finished(self, key: str) -> bool:
         """Whether the row needs no call any more."""
-        found = self._db.execute("SELECT status FROM rows WHERE key = ?", (key,)).fetchone()
+        found = self._read("SELECT status FROM rows WHERE key = ?", key)
         return found is not None and found[0] not in RETRIED
 
     def add_result(self, key: str, result: Row) -> None:
@@ -112,13 +115,29 @@ class Store:
     def usage(self) -> Usage:
         """What all completions in the store cost, over all runs."""
         query = "SELECT count(*), total(prompt_tokens), total(completion_tokens), sum(cost) FROM completions"
-        calls, prompt, completion, cost = self._db.execute(query).fetchone()
+        calls, prompt, completion, cost = self._read(query) or (0, 0, 0, None)
         return Usage(calls, int(prompt), int(completion), cost)
+
+    def _read(self, query: str, *values: str) -> tuple[Any, ...] | None:
+        try:
+            found: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from error
+        return found
+
+    def _load(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> RlaifError:
+        return RlaifError(f"{self.path}: damaged ({error}); move it away to start anew")
 
     def _write(self, query: str, values: tuple[Any, ...]) -> None:
         try:
             self._db.execute(query, values)
-        except sqlite3.OperationalError as error:  # disk full, read-only folder
+        except sqlite3.DatabaseError as error:  # disk full, read-only folder, damaged
             raise RlaifError(f"{self.path}: cannot be written: {error}") from error
 
 

@@ -122,7 +122,9 @@ TURNS = [
 )
 def test_both_forms_of_every_kind_of_prompt(prompt: Any, text: str, messages: list[Row]) -> None:
     (plain,), _ = made([row(0.2, prompt=prompt)])
-    assert (plain["prompt"], plain["chosen"], plain["rejected"]) == (text, "Right.", "Left.")
+    # Trainers join the texts as they are, so a dialogue's prompt ends where the assistant's turn begins.
+    turn, space = ("\n\nAssistant:", " ") if text == HH else ("", "")
+    assert (plain["prompt"], plain["chosen"], plain["rejected"]) == (text + turn, space + "Right.", space + "Left.")
     (talk,), _ = made([row(0.2, prompt=prompt)], conversational=True)
     assert talk["prompt"] == messages
     assert talk["chosen"] == [{"role": "assistant", "content": "Right."}]

@@ -39,9 +39,18 @@ class MockEngine:
         latency: float = 0.0,
         spread: float = 1.0,
     ):
-        for name, share in (("refuse", refuse), ("garbage", garbage), ("faults", faults)):
+        numbers = {"seed": seed, "k": k, "bias": bias, "noise": noise, "latency": latency, "spread": spread}
+        shares = {"refuse": refuse, "garbage": garbage, "faults": faults}
+        for name, value in (numbers | shares).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise UsageError(f"mock engine: {name} is a number, not {value}")
+        for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise UsageError(f"mock engine: {name} is a share, from 0 to 1, not {share}")
+        if min(noise, latency, spread) < 0:
+            raise UsageError("mock engine: noise, latency and spread cannot be negative")
+        if not isinstance(logprobs, bool):
+            raise UsageError(f"mock engine: logprobs is true or false, not {logprobs}")
         self.k, self.bias, self.noise = k, bias, noise
         self.refuse, self.garbage, self.faults = refuse, garbage, faults
         self.logprobs, self.latency, self.spread = logprobs, latency, spread

@@ -57,6 +57,8 @@ class OpenAIEngine:
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         if urlsplit(self.base_url).scheme not in ("http", "https"):
             raise UsageError(f"--base-url must begin with http:// or https://, got {_public(self.base_url)}")
+        if "@" in urlsplit(self.base_url).netloc:
+            raise UsageError("--base-url: no user or password there: the key goes into the environment variable OPENAI_API_KEY")
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key and self.base_url == OPENAI:
             raise UsageError("no key: set the environment variable OPENAI_API_KEY (or --base-url for a server without one)")

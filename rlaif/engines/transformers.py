@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,10 @@ from rlaif.records import Completion, FatalError, Request, RowError, UsageError
 hf: Any = transformers  # its own annotations are partial
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED = 16
-"""Tokens that all prompts of a batch must begin with for it to be worth computing them once."""
+"""Tokens that all prompts must begin with for it to be worth computing them once."""
+
+BATCH_TOKENS = {(False, True): 2048, (False, False): 16384, (True, True): 32768, (True, False): 65536}
+"""The most tokens of a batch, by (GPU, scoring). A CPU scores small batches faster, as they stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,10 @@ class TransformersEngine:
     """Runs `model`, a folder or a name on the hub, with transformers.
 
     Requests that wait at the same time are sorted by length and run in batches of at most `max_batch_tokens` tokens,
-    padding and room for the answer included, in a thread of their own. A request with choices costs one forward pass; its
-    log-probabilities are over the whole vocabulary. One without choices is generated. Each sample is drawn from a source
-    of randomness of its own, so that with a seed it does not depend on the requests beside it, except where rounding tips
-    a close draw (rare in fp32, not in bf16).
+    padding and room for the answer included, in a thread of their own. A request with choices costs one forward pass,
+    less what all prompts begin with, which is computed once; its log-probabilities are over the whole vocabulary. One
+    without choices is generated. Each sample is drawn from a source of randomness of its own, so that with a seed it does
+    not depend on the requests beside it, except where rounding tips a close draw (rare in fp32, not in bf16).
 
     dtype: `bf16` or `fp32`; bf16 unless given, but fp32 on a CPU that has no instructions for it. device: as torch names
     it; a GPU where there is one. trust_remote_code: run the code that comes with a model.
@@ -80,7 +84,7 @@ class TransformersEngine:
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise UsageError(f"max_batch_tokens must be at least 1, not {max_batch_tokens}")
         self.identity: dict[str, Any] = {"engine": "transformers", "model": model, "dtype": dtype}
-        self._max_tokens = max_batch_tokens or (32768 if gpu else 8192)
+        self._max_tokens = max_batch_tokens
         self._max_rows = 128 if gpu else 16
         self._model = _load(model, DTYPES[dtype], self._device, trust_remote_code)
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -90,6 +94,7 @@ class TransformersEngine:
         # The model's own defaults (a repetition penalty, top-k …) would change what a request asks for.
         self._model.generation_config = hf.GenerationConfig()
         self._shares = True
+        self._shared: tuple[list[int], Any] = ([], None)
         self._waiting: list[_Job] = []
         self._task: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, "model")
@@ -141,14 +146,31 @@ class TransformersEngine:
 
     def _batches(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
         """Batches of one kind and of similar lengths; the longest first, so that too little memory shows at once."""
+        self._share([job.ids for job in jobs if job.request.choices])
         batch: list[_Job] = []
         for job in sorted(jobs, key=lambda job: (job.kind, job.size), reverse=True):
-            full = len(batch) == self._max_rows or (len(batch) + 1) * max(j.size for j in [*batch, job]) > self._max_tokens
-            if batch and (full or job.kind != batch[0].kind):
+            if batch and (job.kind != batch[0].kind or self._full(batch)):
                 yield batch
                 batch = []
             batch.append(job)
         yield batch
+
+    def _full(self, batch: list[_Job]) -> bool:
+        scores = bool(batch[0].request.choices)
+        width = max(job.size for job in batch) - (len(self._shared[0]) if scores else 0)
+        tokens = self._max_tokens or BATCH_TOKENS[self._device.type != "cpu", scores]
+        return len(batch) == self._max_rows or (len(batch) + 1) * width > tokens
+
+    def _share(self, prompts: list[list[int]]) -> None:
+        """Settle on what all these prompts begin with, to be computed once: what it was before, if still nearly the most."""
+        if not prompts or not self._shares:
+            return
+        least, greatest = min(prompts), max(prompts)  # what these two begin with, all between them do
+        end = next((n for n, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b), len(least))
+        common = least[: min(end, min(map(len, prompts)) - 1)]  # to each at least one token is left
+        kept = self._shared[0]
+        if kept != common[: len(kept)] or (len(prompts) > 1 and len(kept) < 0.75 * len(common)):
+            self._shared = (common if len(prompts) > 1 and len(common) >= SHARED else [], None)
 
     async def _run(self, batch: list[_Job]) -> None:
         """Answer a batch; one that does not fit into memory is run again in halves."""
@@ -195,8 +217,8 @@ class TransformersEngine:
         return answers
 
     def _last_logits(self, prompts: list[list[int]]) -> torch.Tensor:
-        """Logits of the token after each prompt, float32; what all prompts begin with is computed once."""
-        cache, start = self._beginning(prompts)
+        """Logits of the token after each prompt, float32."""
+        cache, start = self._beginning(len(prompts))
         tokens, mask = self._padded([ids[start:] for ids in prompts])
         places = (mask.cumsum(1) - 1).clamp(min=0) + start
         mask = torch.cat([mask.new_ones(len(prompts), start), mask], 1)
@@ -212,24 +234,23 @@ class TransformersEngine:
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits
 
-    def _beginning(self, prompts: list[list[int]]) -> tuple[Any, int]:
-        """The cache of the tokens that all prompts begin with, once per prompt, and their number; (None, 0) if too few.
+    def _beginning(self, rows: int) -> tuple[Any, int]:
+        """The cache of the tokens that all prompts begin with, for so many rows, and their number; (None, 0) if none.
 
         Only where every layer attends to all that came before: padding follows, which a sliding window would count.
         """
-        # What the least and the greatest in lexical order begin with, all between them do.
-        least, greatest = min(prompts), max(prompts)
-        start = next((n for n, (a, b) in enumerate(zip(least, greatest, strict=False)) if a != b), len(least))
-        start = min(start, min(map(len, prompts)) - 1)  # at least one token must be left to each
-        if not self._shares or len(prompts) == 1 or start < SHARED:
+        tokens, cache = self._shared
+        if not tokens:
             return None, 0
-        tokens = torch.tensor([prompts[0][:start]], device=self._device)
-        cache = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-        self._shares = type(cache) is hf.DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
-        if not self._shares:
-            return None, 0
-        cache.batch_repeat_interleave(len(prompts))
-        return cache, start
+        if cache is None:
+            ids = torch.tensor([tokens], device=self._device)
+            cache = self._model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            self._shares = type(cache) is hf.DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+            self._shared = (tokens, cache) if self._shares else ([], None)
+            return self._beginning(rows)
+        cache = copy.deepcopy(cache)  # the model appends to it
+        cache.batch_repeat_interleave(rows)
+        return cache, len(tokens)
 
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         request = batch[0].request

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Coroutine
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
-def make(tiny: str, **settings: Any) -> TransformersEngine:
-    return TransformersEngine(tiny, device="cpu", **settings)
+def make(tiny: str, dtype: str = "fp32", **settings: Any) -> TransformersEngine:
+    return TransformersEngine(tiny, dtype, "cpu", **settings)
 
 
 # ------------------------------------------------------------ log-probabilities
@@ -101,17 +102,39 @@ def test_batched_is_alone(tiny: str, common: str) -> None:
         assert answer.prompt_tokens == len(make_chat().render(request))
 
 
-def test_shared_beginning_is_used_and_changes_nothing(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_beginning_is_computed_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, calls = make(tiny), []
     forward = engine._model.forward
     monkeypatch.setattr(engine._model, "forward", lambda **k: calls.append(k["input_ids"].shape) or forward(**k))
-    requests = [choose(text) for text in texts(8)]
-    shared = ask(engine, requests)
-    assert [shape[0] for shape in calls] == [1, 8]
+    requests = [choose(text) for text in texts(40)]
+
+    async def in_waves() -> list[Any]:
+        parts = [requests[n : n + 10] for n in range(0, 40, 10)] + [requests[:1]]
+        answers = [answer for part in parts for answer in await asyncio.gather(*map(engine.complete, part))]
+        await engine.close()
+        return answers
+
+    shared = within(60, in_waves())
+    assert [rows for rows, _ in calls] == [1, 10, 10, 10, 10, 1]
+    assert len(make_chat().render(requests[0])) == calls[0][1] + calls[-1][1]
     apart = make(tiny)
     apart._shares = False
-    for one, other in zip(shared, ask(apart, requests), strict=True):
+    for one, other in zip(shared, ask(apart, [*requests, requests[0]]), strict=True):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_beginnings_change(tiny: str) -> None:
+    """Waves whose prompts begin otherwise, or with more or less in common, are as good as alone."""
+    waves = [[choose(c + text) for text in texts(5, "")] for c in (COMMON, "Or so: " * 9, COMMON * 3, COMMON, "", COMMON)]
+
+    async def in_waves() -> list[Any]:
+        engine = make(tiny)
+        answers = [answer for wave in waves for answer in await asyncio.gather(*map(engine.complete, wave))]
+        await engine.close()
+        return answers
+
+    for request, answer in zip(chain(*waves), within(60, in_waves()), strict=True):
+        assert answer.logprobs == pytest.approx(alone(tiny, request), abs=1e-4)
 
 
 def test_one_prompt_may_begin_another(tiny: str) -> None:
@@ -409,7 +432,8 @@ def test_batches_keep_their_bounds(tiny: str) -> None:
     for batch in batches:
         assert len({job.kind for job in batch}) == 1
         assert len(batch) <= engine._max_rows
-        assert len(batch) == 1 or len(batch) * max(job.size for job in batch) <= 1000
+        shared = len(engine._shared[0]) if batch[0].request.choices else 0
+        assert len(batch) == 1 or len(batch) * (max(job.size for job in batch) - shared) <= 1000
     asyncio.run(engine.close())
 
 
