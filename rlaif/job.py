@@ -80,7 +80,7 @@ class Job:
         try:
             engine = engine or StoredEngine((store.settings() or {}).get("engine", {}))
             settings = {"engine": engine.identity, **self.settings}
-            _agree(store, settings, self.out, redo)
+            _agree(store, {"source": Path(self.source).name, **settings}, self.out, redo)
             key = digest(settings)
             runner = Runner(engine, store, limits)
             stopped = asyncio.run(self._work(runner, engine, key, total))
@@ -89,7 +89,8 @@ class Job:
         finally:
             store.close()
         if stopped:
-            raise stopped
+            kept = f"; {report['rows']} of {total} rows are finished, in {self.out}" if report["rows"] else ""
+            raise type(stopped)(f"{stopped}{kept}") from stopped
         return report
 
     async def _work(self, runner: Runner, engine: Engine, key: str, total: int) -> RlaifError | None:
@@ -148,7 +149,7 @@ def _row_key(settings_key: str, item: Comparison) -> str:
 
 
 def _agree(store: Store, settings: dict[str, Any], out: Path, redo: bool) -> None:
-    """Set a new store's settings; refuse another's, for one file must not mix two labelers."""
+    """Set a new store's settings; refuse another's, for one file must not mix two labelers, nor two sources' rows."""
     found = store.settings()
     if found is not None and found != json.loads(json.dumps(settings)) and not redo:
         changes = ", ".join(f"{name} {old} → {new}" for name, old, new in _differences(found, settings))

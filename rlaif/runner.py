@@ -303,7 +303,7 @@ class Runner:
 
         def handle() -> None:
             if self._stop is None:
-                self.stop(StoppedError("interrupted; what is finished is kept, and the same command goes on from there"))
+                self.stop(StoppedError("interrupted: the same command goes on from there"))
             elif task:
                 task.cancel()
 

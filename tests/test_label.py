@@ -310,6 +310,24 @@ def test_refusals_and_filters_are_refused_and_not_asked_again(server: Server, tm
     assert len(server.bodies) == calls
 
 
+def test_a_prompt_over_the_servers_context_is_that_rows_error_alone(server: Server, tmp_path: Path) -> None:
+    from tests.server import error
+
+    async def fault(body: dict[str, Any]) -> Any:
+        long = len(body["messages"][-1]["content"]) > 5000
+        return error(400, "This model's maximum context length is 1024 tokens.") if long else None
+
+    server.fault = fault
+    rows = make_rows(4)
+    rows[1]["response_a"] += " very" * 1000 + " long"
+    path = write_jsonl(tmp_path / "d.jsonl", rows)
+    done = cli("label", path, "-o", tmp_path / "o.jsonl", "--engine", "openai", "--base-url", server.url)
+    assert done.returncode == 1
+    assert "too long" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [row["status"] for row in read_jsonl(tmp_path / "o.jsonl")] == ["ok", "error", "ok", "ok"]
+
+
 def test_reparse_reads_stored_text_again_without_a_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlaif.engines.openai import OpenAIEngine
 

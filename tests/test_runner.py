@@ -266,6 +266,18 @@ def test_no_more_rows_are_in_flight_than_asked_for(server: Server, tmp_path: Pat
     assert server.most_flying == 7
 
 
+def test_another_source_does_not_take_an_outputs_place(tmp_path: Path) -> None:
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", make_rows(count)) for name, count in (("one", 5), ("two", 3)))
+    out = tmp_path / "o.jsonl"
+    assert cli("label", one, "-o", out, "--engine", "mock").returncode == 0
+    refused = cli("label", two, "-o", out, "--engine", "mock")
+    assert refused.returncode == 2
+    assert "source one.jsonl → two.jsonl" in refused.stderr
+    assert len(read_jsonl(out)) == 5
+    assert cli("label", two, "-o", out, "--engine", "mock", "--relabel").returncode == 0
+    assert len(read_jsonl(out)) == 3
+
+
 # ------------------------------------------------------------ the runner itself
 
 

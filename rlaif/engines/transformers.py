@@ -25,7 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED = 16
 """Tokens that all prompts must begin with for it to be worth computing them once."""
 
-BATCH_TOKENS = {(False, True): 2048, (False, False): 16384, (True, True): 32768, (True, False): 65536}
+BATCH_TOKENS = {(False, True): 1024, (False, False): 16384, (True, True): 32768, (True, False): 65536}
 """The most tokens of a batch, by (GPU, scoring). A CPU scores small batches faster, as they stay in its cache."""
 
 

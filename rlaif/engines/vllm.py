@@ -98,7 +98,9 @@ class VllmEngine:
         for task in self._flying:
             task.cancel()
         await asyncio.gather(*self._flying, return_exceptions=True)
-        self._llm.shutdown()
+        if self._llm:
+            self._llm.shutdown()
+        self._llm = None  # else it tries again when Python itself shuts down, and complains
 
     async def _answer(self, ids: list[int], parameters: Any) -> Any:
         """The finished answer; vLLM drops a request whose task is cancelled."""

@@ -50,8 +50,8 @@ def texts(n: int, common: str = COMMON) -> list[str]:
     return [common + "".join(draw.choices("abc 12\n", k=draw.randint(1, 300))) for _ in range(n)]
 
 
-def ask(engine: Any, requests: list[Request]) -> list[Any]:
-    """The answers, or errors, to requests that are sent at the same time."""
+def ask(engine: Any, requests: list[Request], seconds: float = 60) -> list[Any]:
+    """The answers, or errors, to requests that are sent at the same time; no later than after so many seconds."""
 
     async def all_of_them() -> list[Any]:
         try:
@@ -59,7 +59,7 @@ def ask(engine: Any, requests: list[Request]) -> list[Any]:
         finally:
             await engine.close()
 
-    return within(60, all_of_them())
+    return within(seconds, all_of_them())
 
 
 def within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
@@ -103,7 +103,7 @@ def test_batched_is_alone(tiny: str, common: str) -> None:
 
 
 def test_shared_beginning_is_computed_once(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, calls = make(tiny), []
+    engine, calls = make(tiny, max_batch_tokens=16384), []
     forward = engine._model.forward
     monkeypatch.setattr(engine._model, "forward", lambda **k: calls.append(k["input_ids"].shape) or forward(**k))
     requests = [choose(text) for text in texts(40)]
@@ -355,7 +355,7 @@ def test_failure_of_the_batching_itself(tiny: str, monkeypatch: pytest.MonkeyPat
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
 def test_out_of_memory_is_halved(tiny: str, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    engine, sizes = make(tiny), []
+    engine, sizes = make(tiny, max_batch_tokens=16384), []
     score = engine._score
 
     def short_of_memory(batch: list[Any]) -> list[Completion]:
@@ -593,6 +593,7 @@ def test_vllm_choices_where_only_the_top_is_reported() -> None:
 @pytest.mark.vllm
 @pytest.mark.model
 def test_vllm_agrees_with_transformers() -> None:
+    """In float32, where only rounding tells the two apart; in bf16 rounding alone moves a soft label by .01."""
     nouns = ["sea", "moon", "bread", "clock", "river", "horse", "glass", "storm", "paper", "garden"]
     requests = [
         user(
@@ -606,14 +607,43 @@ def test_vllm_agrees_with_transformers() -> None:
         for n in (0, 7)
     ]
     long, spoken = user("x " * 9000, choices=("1", "2")), user("What is the capital of France?", max_tokens=16)
-    *scored, too_long, speech = ask(make_engine("vllm", model="embedded"), [*requests, long, spoken])
-    reference = ask(make_engine("embedded", dtype="bf16", device="cpu"), requests)
-    near = 0
+    *scored, too_long, speech = ask(make_engine("vllm", model="embedded", dtype="fp32"), [*requests, long, spoken], 240)
+    reference = ask(make_engine("embedded", dtype="fp32", device="cpu"), requests)
     for one, other in zip(scored, reference, strict=True):
-        p, q = (1 / (1 + math.exp(a.logprobs["2"] - a.logprobs["1"])) for a in (one, other))
-        near += abs(p - q) <= 0.02
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
         assert one.prompt_tokens == other.prompt_tokens
-    assert near >= 19
+        assert one.text == other.text
     assert isinstance(too_long, RowError)
     assert "Paris" in speech.text
     assert speech.finish == "stop"
+
+
+@embedded
+@with_vllm
+@pytest.mark.vllm
+@pytest.mark.model
+def test_vllm_samples_and_closes() -> None:
+    """A seeded sample is its own; cancelling a request, and closing, leave nobody waiting."""
+
+    async def story() -> None:
+        engine = make_engine("vllm", model="embedded", dtype="fp32", max_model_len=1024)
+        sampled = {"max_tokens": 12, "temperature": 1.0, "seed": 5}
+        crowd = [user(f"Tell me about {n}.", **sampled) for n in range(6)]
+        together = await asyncio.gather(*map(engine.complete, crowd))
+        assert await engine.complete(crowd[2]) == together[2]
+        assert len({answer.text for answer in together}) > 1
+        with pytest.raises(FatalError, match="not a single token"):
+            await engine.complete(user("x", choices=("10", "2")))
+        endless = [asyncio.create_task(engine.complete(user(f"{n}", max_tokens=900, temperature=3.0))) for n in range(4)]
+        await asyncio.sleep(1)
+        endless[0].cancel()
+        await asyncio.sleep(0.1)
+        await engine.close()
+        answers = await asyncio.gather(*endless, return_exceptions=True)
+        assert isinstance(answers[0], asyncio.CancelledError)
+        assert all(isinstance(a, FatalError) for a in answers[1:])
+        with pytest.raises(FatalError, match="closed"):
+            await engine.complete(crowd[0])
+        await engine.close()
+
+    within(240, story())
