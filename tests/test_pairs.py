@@ -219,36 +219,9 @@ def test_no_pair_at_all_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved random Llama of two layers over bytes: a folder, for a trainer loads its reference from there."""
     pytest.importorskip("trl")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+    from tests.engines.tiny import save_tiny
 
-    folder = tmp_path_factory.mktemp("tiny")
-    special = ["<pad>", "<bos>", "<eos>"]
-    vocabulary = {token: n for n, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    raw = Tokenizer(models.BPE(vocabulary, []))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    raw.decoder = decoders.ByteLevel()
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.mark.parametrize("trainer", ["dpo", "reward"])

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 ROWS = 200
 NEAR = 0.02
+FLOAT32_HEAD = ("--hf-overrides", '{"head_dtype": "float32"}')
+ROUNDED = "openai with bf16 logits"
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +53,25 @@ def model() -> str:
     return str(embedded_model())
 
 
-@pytest.fixture
-def vllm_server(model: str) -> Iterator[str]:
+@contextmanager
+def vllm_server(model: str, *options: str) -> Iterator[str]:
+    """vLLM's own server on a free port of loopback; gives its base URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "smollm2"]
-    command += ["--dtype", "bfloat16", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "8192"]
+    command += [
+        "--dtype",
+        "bfloat16",
+        "--enforce-eager",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--max-model-len",
+        "8192",
+        *options,
+    ]
     env = clean_env({"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "WARNING"})
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -86,12 +101,19 @@ def label(data: Path, name: str, *options: str) -> list[dict[str, Any]]:
     return read_jsonl(out)
 
 
-def test_soft_labels_over_http_in_vllm_and_in_transformers_agree(data: Path, model: str, vllm_server: str) -> None:
-    made = {
-        "openai": label(data, "openai", "--engine", "openai", "--base-url", vllm_server),
+def test_soft_labels_over_http_in_vllm_and_in_transformers_agree(data: Path, model: str) -> None:
+    """All in bf16, the last layer in float32, as the two in-process engines have it.
+
+    A server that computes the last layer in bf16 too, as vLLM does unless told, is measured beside them: its logits come in
+    steps of 1/16 and, from 16 up, of 1/8, which alone moves a soft label by up to .03. Nothing is asserted of that one.
+    """
+    made = {}
+    for name, options in (("openai", FLOAT32_HEAD), (ROUNDED, ())):
+        with vllm_server(model, *options) as url:
+            made[name] = label(data, name.replace(" ", "-"), "--engine", "openai", "--base-url", url)
+    made |= {
         "vllm": label(data, "vllm", "--engine", "vllm", "--model", model),
         "transformers": label(data, "transformers", "--engine", "transformers", "--model", model, "-E", "dtype=bf16"),
-        "transformers fp32": label(data, "fp32", "--engine", "transformers", "--model", model, "-E", "dtype=fp32"),
     }
     soft = {name: np.array([row["soft_label"] for row in rows], dtype=float) for name, rows in made.items()}
     report = {}
@@ -110,7 +132,7 @@ def test_soft_labels_over_http_in_vllm_and_in_transformers_agree(data: Path, mod
     if path := os.environ.get("PROOF_OUT"):
         Path(path).write_text(json.dumps(report, indent=2) + "\n")
     for pair, found in report.items():
-        if "fp32" not in pair:  # fp32 is the yardstick, for how far bf16 itself strays
+        if ROUNDED not in pair:
             assert found["within"] >= 0.95, (pair, found)
 
 
