@@ -23,10 +23,10 @@ test: setup
 proof-vllm: .venv-vllm/ready
 	.venv-vllm/bin/pytest tests/test_vllm.py tests/engines -m vllm -s
 
-# The embedded model on 200 real comparisons, which stand beside the checkout.
+# The embedded model on real comparisons, which stand beside the checkout: 209 rows, of which 200 can be judged.
 proof-pandalm: setup
 	mkdir -p $(OUT)
-	$(BIN)/rlaif label ../shared/data/pandalm_test.jsonl.gz -o $(OUT)/pandalm.jsonl --limit 200 \
+	$(BIN)/rlaif label ../shared/data/pandalm_test.jsonl.gz -o $(OUT)/pandalm.jsonl --limit 209 \
 		--template helpful-detailed --bad-rows keep || test -s $(OUT)/pandalm.jsonl
 	$(BIN)/rlaif align $(OUT)/pandalm.jsonl --human human_votes
 

@@ -20,6 +20,9 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 TOP_LOGPROBS = 20
 """How many of the most probable tokens to ask for where a version of vLLM cannot be asked for certain ones."""
 
+CLOSING = 20.0
+"""Seconds that vLLM's process has to end before it is killed."""
+
 
 class VllmEngine:
     """Runs `model`, a folder or a name on the hub or `embedded`, with vLLM; the prefixes that prompts share are cached.
@@ -75,7 +78,7 @@ class VllmEngine:
             raise FatalError("the engine is closed")
         ids = self._chat.render(request)
         spellings = self._chat.choice_ids(request.choices)
-        flying = asyncio.create_task(self._answer(ids, _parameters(request, ids, spellings)))
+        flying = asyncio.create_task(self._answer(request, ids, spellings))
         self._flying.add(flying)
         flying.add_done_callback(self._flying.discard)
         try:
@@ -99,18 +102,21 @@ class VllmEngine:
             task.cancel()
         await asyncio.gather(*self._flying, return_exceptions=True)
         if self._llm:
-            self._llm.shutdown()
+            self._llm.shutdown(timeout=CLOSING)
         self._llm = None  # else it tries again when Python itself shuts down, and complains
 
-    async def _answer(self, ids: list[int], parameters: Any) -> Any:
+    async def _answer(self, request: Request, ids: list[int], spellings: dict[str, list[int]]) -> Any:
         """The finished answer; vLLM drops a request whose task is cancelled."""
+        parameters = _parameters(request, ids, spellings)
         async with aclosing(self._llm.generate({"prompt_token_ids": ids}, parameters, str(next(self._numbers)))) as answers:
             return [answer async for answer in answers][-1]  # FINAL_ONLY: there is but one
 
     def _failure(self, error: Exception) -> RlaifError:
+        from vllm.exceptions import VLLMClientError
+
         if self._llm.errored:
             return FatalError(f"vLLM stopped: {first_words(error)}")
-        if isinstance(error, ValueError):
+        if isinstance(error, VLLMClientError | ValueError):
             return FatalError(f"vLLM refuses the request: {first_words(error)}")
         return TransientError(f"vLLM failed: {first_words(error)}")
 

@@ -634,7 +634,9 @@ def test_vllm_samples_and_closes() -> None:
         assert len({answer.text for answer in together}) > 1
         with pytest.raises(FatalError, match="not a single token"):
             await engine.complete(user("x", choices=("10", "2")))
-        endless = [asyncio.create_task(engine.complete(user(f"{n}", max_tokens=900, temperature=3.0))) for n in range(4)]
+        with pytest.raises(FatalError, match="temperature"):
+            await engine.complete(user("x", temperature=9.0))
+        endless = [asyncio.create_task(engine.complete(user(f"{n}", max_tokens=900, temperature=2.0))) for n in range(4)]
         await asyncio.sleep(1)
         endless[0].cancel()
         await asyncio.sleep(0.1)
