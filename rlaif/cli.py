@@ -266,7 +266,7 @@ def align(
         if not rows:
             raise UsageError(f"{name}: no rows")
     results = agreement.leaderboard(files, human, column, resamples=resamples, seed=seed, values=values)
-    print(json.dumps(results, indent=2) if as_json else tables.render(results))
+    print(json.dumps(results, indent=2) if as_json else tables.render(results, human))
 
 
 @app.command()

@@ -11,19 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 METRICS = {
-    "accuracy": ("accuracy", "label equals the human's; a tie is a label"),
+    "accuracy": ("accuracy", "label equals the reference; a tie is a label"),
     "accuracy_all": ("accuracy, all rows", "the same, where no label is a wrong one"),
-    "accuracy_no_ties": ("accuracy, no ties", "the same, where the human prefers a or b"),
+    "accuracy_no_ties": ("accuracy, no ties", "the same, where the reference is a or b"),
     "coverage": ("coverage", "rows that got a label"),
     "kappa": ("Cohen's kappa", "agreement beyond chance (0 chance, 1 full)"),
-    "alpha": ("Krippendorff's alpha", "the same, among all the human votes"),
+    "alpha": ("Krippendorff's alpha", "the same, among all the votes"),
     "brier": ("Brier score", "squared error of soft labels (0 is best)"),
     "ece": ("calibration error", "distance of confidence from accuracy"),
     "position_bias": ("position bias", "same position preferred in both orders"),
     "first_position": ("… for the first", "of these, the first-shown position"),
     "longer_labeler": ("longer: labeler", "labeler prefers the longer response"),
-    "longer_human": ("longer: human", "human prefers the longer response"),
-    "length_bias": ("length bias", "the difference (0: as the human does)"),
+    "longer_human": ("longer: reference", "reference prefers the longer response"),
+    "length_bias": ("length bias", "the difference (0: as the reference does)"),
 }
 """Metric to its name in a table and what it says."""
 
@@ -33,22 +33,23 @@ HUMAN = {
 }
 
 LEGEND = (
-    "accuracy, all: rows with a human label (n) that got the same label; no label is a wrong one. kappa: beyond chance. "
+    "accuracy, all: rows with a reference label (n) that got the same label; no label is a wrong one. kappa: beyond chance. "
     "Brier, ECE: of soft labels. position: same position preferred in both orders. coverage: rows that got a label.",
 )
 
 
-def render(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
+def render(results: Sequence[Mapping[str, Any]], column: str, width: int = 100) -> str:
     """All of one labeler's metrics, or nothing of them where there are several, then the leaderboard with the baselines.
 
-    `results` are `agreement.leaderboard`'s. Numbers have three decimals, what is undefined is a dash.
+    `results` are `agreement.leaderboard`'s, `column` holds what they were measured against: human labels, as a rule.
+    Numbers have three decimals, what is undefined is a dash.
     """
     labelers = [result for result in results if not result["baseline"]]
-    parts = [detail(labelers[0], width)] if len(labelers) == 1 else []
+    parts = [detail(labelers[0], column, width)] if len(labelers) == 1 else []
     return "\n\n".join([*parts, leaderboard(results, width)])
 
 
-def detail(result: Mapping[str, Any], width: int = 100) -> str:
+def detail(result: Mapping[str, Any], column: str, width: int = 100) -> str:
     """One labeler: its rows by status and human label, and every metric with its interval and meaning."""
     table = _table("", "value", "95 % interval", "n", says=True)
     for name, (title, says) in METRICS.items():
@@ -57,7 +58,7 @@ def detail(result: Mapping[str, Any], width: int = 100) -> str:
         if estimate["n"]:  # rows with several votes
             title, says = HUMAN.get(name) or _pair(name)
             table.add_row(title, *_cells(estimate), says)
-    heading = [fill(line, width, subsequent_indent="  ") for line in _heading(result["name"], result["counts"])]
+    heading = [fill(line, width, subsequent_indent="  ") for line in _heading(result["name"], result["counts"], column)]
     return "\n".join([*heading, "", _text(table, width)])
 
 
@@ -72,12 +73,12 @@ def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
 
 
-def _heading(name: str, counts: Mapping[str, Any]) -> list[str]:
+def _heading(name: str, counts: Mapping[str, Any], column: str) -> list[str]:
     statuses = _listed((count, status) for status, count in counts["statuses"].items())
     return [
         f"{name}: {counts['rows']} rows of {counts['prompts']} prompts, {counts['labelled']} labelled"
         + (f" ({statuses})" if statuses else ""),
-        f"human label: {counts['human']} rows ({counts['human_ties']} tie), "
+        f"reference, column '{column}': {counts['human']} rows ({counts['human_ties']} tie), "
         f"{counts['human_undecided']} without a majority, {counts['human_missing']} without a vote; "
         "intervals by resampling prompts",
     ]

@@ -576,7 +576,7 @@ def test_leaderboard_is_best_first_with_the_first_ones_baselines() -> None:
 def test_the_table_of_one_labeler() -> None:
     name = "worse[1].jsonl"
     results = leaderboard({name: better_and_worse()[name]}, "human", resamples=20)
-    text = tables.render(results)
+    text = tables.render(results, "human")
     lines = text.split("\n")
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in text
@@ -592,18 +592,18 @@ def test_the_table_of_one_labeler() -> None:
 
 def test_the_table_of_several_labelers_is_their_leaderboard() -> None:
     files = better_and_worse()
-    text = tables.render(leaderboard(files, "human", resamples=20))
+    text = tables.render(leaderboard(files, "human", resamples=20), "human")
     ranked = [line.split()[0] for line in text.split("\n") if ".jsonl" in line]
     assert ranked == ["better.jsonl", "worse[1].jsonl"]
     assert "calibration error" not in text
     assert "different rows" not in text
     files["better.jsonl"] = files["better.jsonl"][:100]
-    assert "different rows" in tables.render(leaderboard(files, "human", resamples=0))
+    assert "different rows" in tables.render(leaderboard(files, "human", resamples=0), "human")
 
 
 def test_what_is_undefined_is_a_dash() -> None:
     rows = [row(prompt=f"{n}", judge="ab"[n % 2], human="ab"[n % 3 // 2]) for n in range(12)]
-    text = tables.render(leaderboard({"judge": rows}, "human", "judge", resamples=0))
+    text = tables.render(leaderboard({"judge": rows}, "human", "judge", resamples=0), "human")
     (brier,) = (line for line in text.split("\n") if line.startswith("Brier score"))
     assert brier.split()[2:5] == ["–", "–", "0"]
     assert "-0.000" not in text
@@ -614,7 +614,7 @@ def test_what_is_undefined_is_a_dash() -> None:
 def test_a_long_name_is_folded_and_not_cut() -> None:
     name = "runs/" + "x" * 150 + ".jsonl"
     results = leaderboard({name: [row(), row(prompt="q")], "b": [row(), row(prompt="q")]}, "human", resamples=0)
-    text = tables.render(results)
+    text = tables.render(results, "human")
     assert max(map(len, text.split("\n"))) <= 100
     assert "".join(line.split()[0] for line in text.split("\n") if "x" * 9 in line).startswith("runs/" + "x" * 100)
 
