@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from rlaif.engines import make_engine
 from rlaif.engines.mock import MockEngine
 from rlaif.records import FatalError, Request, RlaifError, Row, TransientError, UsageError
 from rlaif.runner import Limits, Runner
@@ -360,6 +361,14 @@ def test_whatever_can_change_an_answer_changes_the_key(change: dict[str, Any]) -
     assert request().key(identity) != request(**change).key(identity)
     assert request().key(identity) != request().key({**identity, "base_url": "v"})
     assert request().key(identity) == request(hint={"planted": 1}).key(identity)
+
+
+def test_an_engine_whose_packages_are_missing_says_which_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rlaif.engines.transformers", "rlaif.engines.chat"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(FatalError, match=r"torch is not installed: pip install 'rlaif\[transformers\]'"):
+        make_engine("transformers", model="m")
 
 
 # ------------------------------------------------------------ the store

@@ -6,7 +6,7 @@ import inspect
 from importlib import import_module
 from typing import Any, Protocol
 
-from rlaif.records import Completion, Request, UsageError
+from rlaif.records import Completion, FatalError, Request, UsageError
 
 
 class Engine(Protocol):
@@ -50,7 +50,10 @@ def make_engine(name: str, **settings: Any) -> Engine:
     if name not in ENGINES:
         raise UsageError(f"unknown engine '{name}': choose one of {', '.join(sorted(ENGINES))}")
     module, cls = ENGINES[name]
-    made = getattr(import_module(module), cls)
+    try:
+        made = getattr(import_module(module), cls)
+    except ModuleNotFoundError as error:
+        raise FatalError(f"engine {name}: the package {error.name} is not installed: pip install 'rlaif[{name}]'") from error
     given = {k: v for k, v in settings.items() if v is not None}
     known = inspect.signature(made).parameters
     unknown = sorted(set(given) - set(known))
