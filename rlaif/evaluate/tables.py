@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
+from pathlib import PurePath
 from textwrap import fill
 from typing import Any
 
@@ -65,12 +66,18 @@ def detail(result: Mapping[str, Any], column: str, width: int = 100) -> str:
 def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     """Labelers and baselines, best first, with a word on rows that differ between labelers."""
     table = _table("labeler", "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
-    for result in results:
+    names = _names([result["name"] for result in results])
+    for result, name in zip(results, names, strict=True):
         metrics = result["metrics"]
         others = (_number(metrics[name]["value"]) for name in ("kappa", "brier", "ece", "position_bias", "coverage"))
-        name = f"({result['name']})" if result["baseline"] else result["name"]
-        table.add_row(name, *_cells(metrics["accuracy_all"]), *others)
+        table.add_row(f"({name})" if result["baseline"] else name, *_cells(metrics["accuracy_all"]), *others)
     return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Files by their own names, without folders, where these tell them apart."""
+    short = [PurePath(name).name for name in names]
+    return short if len(set(short)) == len(short) else list(names)
 
 
 def _heading(name: str, counts: Mapping[str, Any], column: str) -> list[str]:
