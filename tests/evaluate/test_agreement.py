@@ -616,7 +616,17 @@ def test_a_long_name_is_folded_and_not_cut() -> None:
     results = leaderboard({name: [row(), row(prompt="q")], "b": [row(), row(prompt="q")]}, "human", resamples=0)
     text = tables.render(results, "human")
     assert max(map(len, text.split("\n"))) <= 100
-    assert "".join(line.split()[0] for line in text.split("\n") if "x" * 9 in line).startswith("runs/" + "x" * 100)
+    assert "".join(line.split()[0] for line in text.split("\n") if "x" * 9 in line).startswith("x" * 150)
+
+
+def test_folders_are_named_only_where_they_tell_files_apart() -> None:
+    rows = [row(), row(prompt="q")]
+    same = tables.render(leaderboard({"one/o.jsonl": rows, "two/o.jsonl": rows}, "human", resamples=0), "human")
+    assert "one/o.jsonl" in same
+    assert "two/o.jsonl" in same
+    other = tables.render(leaderboard({"one/o.jsonl": rows, "two/p.jsonl": rows}, "human", resamples=0), "human")
+    assert "o.jsonl" in other
+    assert "one/" not in other
 
 
 def test_taking_rows_twice_counts_them_twice() -> None:
