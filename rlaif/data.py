@@ -40,10 +40,6 @@ class Comparison:
     where: str
     problem: str | None
 
-    @property
-    def id(self) -> str:
-        return str(self.row["id"])
-
 
 # ---------------------------------------------------------------- reading
 
