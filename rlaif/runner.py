@@ -149,7 +149,7 @@ class Runner:
                 try:
                     result = failed(item.problem) if item.problem else await method(item, self.ask)
                 except StoppedError:  # nothing known about the row that was not known before
-                    if not self.offline or self.store.result(key) is None:
+                    if not self.offline or self.store.status(key) is None:
                         continue
                     result = None
                 except RlaifError as error:
@@ -165,11 +165,11 @@ class Runner:
             await asyncio.sleep(0)
 
     def _count(self, key: str, result: Row | None) -> None:
-        found = result or self.store.result(key)
-        assert found is not None
+        status = result["status"] if result else self.store.status(key)
+        assert status is not None
         self.tally.rows += 1
         self.tally.found += result is None
-        self.tally.statuses[found["status"]] += 1
+        self.tally.statuses[status] += 1
 
     # ------------------------------------------------------------ one request
 

@@ -99,10 +99,15 @@ class Store:
         found = self._read("SELECT value FROM rows WHERE key = ?", key)
         return self._load(found[0]) if found else None
 
+    def status(self, key: str) -> str | None:
+        """The stored status of a row; None for one that has no result."""
+        found = self._read("SELECT status FROM rows WHERE key = ?", key)
+        return str(found[0]) if found else None
+
     def finished(self, key: str) -> bool:
         """Whether the row needs no call any more."""
-        found = self._read("SELECT status FROM rows WHERE key = ?", key)
-        return found is not None and found[0] not in RETRIED
+        status = self.status(key)
+        return status is not None and status not in RETRIED
 
     def add_result(self, key: str, result: Row) -> None:
         """Store a row's result. The completions that a row failed with will be asked for again."""
