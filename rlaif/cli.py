@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif import __version__
+from rlaif.options import BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of, run_path
 from rlaif.records import RlaifError, UsageError
 
 if TYPE_CHECKING:
-    from rlaif.engines import Engine
     from rlaif.job import Job
-    from rlaif.runner import Limits
+    from rlaif.labeler import Labeler
 
 app = typer.Typer(
     name="rlaif",
@@ -57,191 +56,215 @@ def root(
     pass
 
 
-class EngineName(StrEnum):
-    embedded = "embedded"
-    openai = "openai"
-    vllm = "vllm"
-    transformers = "transformers"
-    mock = "mock"
-
-
 class Form(StrEnum):
     plain = "plain"
     conversational = "conversational"
 
 
-class BadRows(StrEnum):
-    stop = "stop"
-    keep = "keep"
+class Combine(StrEnum):
+    mean = "mean"
+    majority = "majority"
+    weighted = "weighted"
 
 
-Map = Annotated[list[str], typer.Option("--map", metavar="NEW=OLD", help="Rename a column, as in prompt=question.")]
+class Method(StrEnum):
+    pairs = "pairs"
+    listwise = "listwise"
+    tournament = "tournament"
+
+
+Data = Annotated[str, typer.Argument(help=".jsonl, .jsonl.gz or .parquet, a saved dataset's folder, or a hub name.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Where to: .jsonl, .jsonl.gz or .parquet.")]
 
 
 @app.command()
+@grouped
 def label(
-    data: Annotated[str, typer.Argument(help=".jsonl, .jsonl.gz or .parquet, a saved dataset's folder, or a hub name.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where to: .jsonl, .jsonl.gz or .parquet.")],
-    engine: Annotated[EngineName, typer.Option(help="What answers.")] = EngineName.embedded,
-    model: Annotated[str | None, typer.Option(help="The model's name or folder.")] = None,
-    base_url: Annotated[str | None, typer.Option(help="The server, for --engine openai (key: OPENAI_API_KEY).")] = None,
-    option: Annotated[
-        list[str],
-        typer.Option("--engine-option", "-E", metavar="NAME=VALUE", help="A setting of the engine, as dtype=bf16."),
-    ] = [],  # noqa: B006 - Typer reads the default, nothing changes it
-    template: Annotated[str, typer.Option(help="A shipped template's name (see `rlaif templates`), or a file.")] = "general",
-    both_orders: Annotated[
-        bool, typer.Option("--both-orders/--one-order", help="Ask with the responses in both orders.")
-    ] = True,
-    split: Annotated[str | None, typer.Option(help="The split of a saved or hub dataset.")] = None,
-    mapping: Map = [],  # noqa: B006
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Rows in flight (default: by engine).")] = None,
-    seed: Annotated[int, typer.Option(help="Draws the sides of chosen/rejected rows, and samples.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="Of what is sampled; a label from log-probabilities is not.")
-    ] = 0.0,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Verdicts to draw an order where the engine gives no log-probabilities.")
-    ] = 8,
-    max_cost: Annotated[
-        float | None, typer.Option(min=0.0, help="Stop before this many US dollars are spent (needs --price).")
+    data: Data,
+    out: Out,
+    judging: Judging,
+    comparing: Comparing,
+    reading: Reading,
+    running: Running,
+    combine: Annotated[Combine, typer.Option(help="How several labelers' soft labels become one.")] = Combine.mean,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Human-labelled rows to learn the weights of --combine weighted from.")
     ] = None,
-    price: Annotated[str | None, typer.Option(metavar="IN,OUT", help="US dollars per million tokens read, written.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds a call may take (default: 120 for openai).")] = None,
-    tries: Annotated[int, typer.Option(min=1, help="Tries a call before it is given up.")] = 6,
-    bad_rows: Annotated[
-        BadRows,
-        typer.Option(help="Rows that cannot be judged: stop before anything is asked, or keep with status error."),
-    ] = BadRows.stop,
-    relabel: Annotated[bool, typer.Option("--relabel", help="Make OUT anew where it was made with other settings.")] = False,
-    reparse: Annotated[bool, typer.Option("--reparse", help="Read the stored answers again, without a call.")] = False,
+    human: Annotated[str | None, typer.Option(metavar="COLUMN", help="The human labels in that file.")] = None,
 ) -> None:
     """Label comparisons with a model: DATA's rows with a soft label, into OUT.
 
     The same command goes on where an earlier one stopped: finished rows are not asked again, failed ones are.
     """
-    limits = _limits(engine, concurrency, tries, timeout, max_cost, price)
-    columns = _pairs_of(mapping, "--map")
-    job = _label_job(data, out, template, columns, seed, split, limit, both_orders, temperature, samples)
-    total = job.check(keep_bad=bad_rows is BadRows.keep)
-    made = None if reparse else _engine(engine, model, base_url, option, limits)
-    report = job.run(made, limits, total, redo=relabel)
-    _say_report(report, job)
+    from rlaif.job import Job
+
+    labelers = judging.labelers(**comparing.given())
+    if (combine is Combine.weighted) != bool(calibration and human):
+        raise UsageError("--combine weighted needs --calibration FILE and --human COLUMN, and they it")
+    if len(labelers) > 1:
+        _label_together(data, out, labelers, reading, running, combine, calibration, human)
+        return
+    if combine is not Combine.mean:
+        raise UsageError(f"--combine {combine} goes with several --labeler")
+    labeler = labelers[0]
+    _run(Job(data, out, reading.comparisons(data, labeler.seed), labeler.pairwise(), reading.facts()), labeler, running)
 
 
-def _label_job(
+def _label_together(
     data: str,
     out: Path,
-    template: str,
-    columns: dict[str, str],
-    seed: int,
-    split: str | None,
-    limit: int | None,
-    both_orders: bool,
-    temperature: float,
-    samples: int,
-) -> Job:
-    from rlaif.data import comparisons
+    labelers: list[Labeler],
+    reading: Reading,
+    running: Running,
+    combine: Combine,
+    calibration: str | None,
+    human: str | None,
+) -> None:
+    """Each labeler into a file of its own under OUT.labelers, continued like any other; then all of them into OUT."""
+    from rlaif.data import check_output, read_rows
+    from rlaif.evaluate import agreement, tables
     from rlaif.job import Job
-    from rlaif.label.pairwise import PairwiseLabeler
-    from rlaif.prompts import load_template
+    from rlaif.label import ensemble
 
-    labeler = PairwiseLabeler(load_template(template), both_orders, temperature, samples, seed=seed)
-    return Job(
+    check_output(out)
+    names = ensemble.names_of(labelers)
+    folder = out.with_name(out.name + ".labelers")
+    jobs = []
+    for name, labeler in zip(names, labelers, strict=True):
+        items = reading.comparisons(data, labeler.seed)
+        jobs.append((Job(data, folder / f"{name}.jsonl", items, labeler.pairwise(), reading.facts(), name), labeler))
+        if calibration:
+            items = Reading(mapping=reading.mapping).comparisons(calibration, labeler.seed)
+            path = folder / f"{name}.calibration.jsonl"
+            jobs.append((Job(calibration, path, items, labeler.pairwise(), {}, f"{name}, calibration"), labeler))
+    folder.mkdir(exist_ok=True)
+    _run_all(jobs, running)
+    weights = {}
+    if calibration and human:
+        known = {name: [row for _, row in read_rows(str(folder / f"{name}.calibration.jsonl"))] for name in names}
+        weights = ensemble.learn_weights(known, human)
+    members = {name: folder / f"{name}.jsonl" for name in names}
+    report = ensemble.write_combined(out, members, combine.value, weights)
+    among = agreement.among({name: [row for _, row in read_rows(str(path))] for name, path in members.items()})
+    for name, weight in weights.items():
+        print(f"{name}: weight {weight.weight:.3f}, accuracy {weight.accuracy:.3f} on {weight.n} calibration rows")
+    print(tables.among(among, "labelers"))
+    _say_report(report, out)
+
+
+def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str, Any]]:
+    """Check everything that can be checked of all jobs, then do one after the other, within one budget."""
+    from dataclasses import replace
+
+    limits = [running.limits(labeler) for _, labeler in jobs]
+    totals = [job.check(keep_bad=running.bad_rows is BadRows.keep) for job, _ in jobs]
+    reports: list[dict[str, Any]] = []
+    for (job, labeler), total, limit in zip(jobs, totals, limits, strict=True):
+        if running.max_cost is not None:
+            spent = sum(report["this_run"]["cost_usd"] or 0.0 for report in reports)
+            limit = replace(limit, max_cost=running.max_cost - spent)
+        job.facts = {"labeler": labeler.model_dump(mode="json", exclude_defaults=True), **job.facts}
+        engine = None if running.reparse else labeler.make_engine(limit)
+        reports.append(job.run(engine, limit, total, redo=running.relabel))
+    return reports
+
+
+def _run(job: Job, labeler: Labeler, running: Running) -> None:
+    _say_report(_run_all([(job, labeler)], running)[0], job.out)
+
+
+@app.command()
+@grouped
+def score(
+    data: Data,
+    out: Out,
+    judging: Judging,
+    reading: Reading,
+    running: Running,
+    attribute: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[=WEIGHT]", help="Rate by this rating template; several are averaged (default: overall)."),
+    ] = None,
+) -> None:
+    """Rate responses: DATA's rows of prompt and response with a score from -1 to 1, into OUT.
+
+    The score is the expectation of a 1-10 rating over the probabilities of its marks, as in direct RLAIF.
+    """
+    from rlaif.data import responses
+    from rlaif.job import Job
+
+    labeler = judging.one(attributes=_weights(attribute))
+    columns = reading.columns
+    job = Job(
         data,
         out,
-        lambda: comparisons(data, columns, seed, split, limit),
-        labeler,
-        labeler.settings(),
-        {"limit": limit, "map": columns, "split": split},
+        lambda: responses(data, columns, reading.split, reading.limit),
+        labeler.rater(),
+        reading.facts(),
+        "rating",
     )
+    _run(job, labeler, running)
 
 
-CONCURRENCY = {"openai": 32, "vllm": 256, "transformers": 64, "embedded": 64, "mock": 64}
+def _weights(attributes: list[str] | None) -> dict[str, float] | None:
+    weights: dict[str, float] = {}
+    for text in attributes or ():
+        name, mark, weight = text.rpartition("=")
+        name = name if mark else text
+        if name in weights:
+            raise UsageError(f"--attribute: {name} is given twice")
+        try:
+            weights[name] = float(weight) if mark else 1.0
+        except ValueError:
+            raise UsageError(f"--attribute: expected NAME=WEIGHT, got '{text}'") from None
+    return weights or None
 
 
-def _limits(
-    engine: EngineName,
-    concurrency: int | None,
-    tries: int,
-    timeout: float | None,
-    max_cost: float | None,
-    price: str | None,
-) -> Limits:
-    from rlaif.runner import Limits
+@app.command()
+@grouped
+def rank(
+    data: Data,
+    out: Out,
+    judging: Judging,
+    comparing: Comparing,
+    reading: Reading,
+    running: Running,
+    method: Annotated[Method, typer.Option(help="All pairs, all responses in one prompt, or n-1 matches.")] = Method.pairs,
+) -> None:
+    """Rank several responses a prompt: DATA's rows of prompt and responses with a ranking, scores and pairs, into OUT."""
+    from rlaif.data import response_lists
+    from rlaif.job import Job
 
-    prices = _prices(price)
-    if max_cost is not None and prices is None:
-        raise UsageError(
-            "--max-cost needs --price IN,OUT (US dollars per million tokens), for prices change and are not guessed"
-        )
-    seconds = timeout or (120.0 if engine is EngineName.openai else None)
-    return Limits(concurrency or CONCURRENCY[engine], tries, seconds, max_cost, prices)
-
-
-def _prices(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        read, written = (float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--price: expected two numbers, IN,OUT, got '{text}'") from None
-    if not (0 <= read < float("inf") and 0 <= written < float("inf")):
-        raise UsageError(f"--price: prices cannot be negative, got '{text}'")
-    return read, written
+    labeler = judging.one(**comparing.given())
+    columns = reading.columns
+    job = Job(
+        data,
+        out,
+        lambda: response_lists(data, columns, reading.split, reading.limit),
+        labeler.ranker(str(method)),
+        reading.facts(),
+        "ranking",
+    )
+    _run(job, labeler, running)
 
 
-def _engine(engine: EngineName, model: str | None, base_url: str | None, options: list[str], limits: Limits) -> Engine:
-    from rlaif.engines import make_engine
-
-    if base_url and engine is not EngineName.openai:
-        raise UsageError(f"--base-url goes with --engine openai, not {engine}")
-    if engine in (EngineName.vllm, EngineName.transformers) and not model:
-        raise UsageError(f"--engine {engine} needs --model")
-    settings: dict[str, Any] = {name: _scalar(value) for name, value in _pairs_of(options, "-E").items()}
-    if engine is EngineName.openai and limits.timeout:
-        settings.setdefault("timeout", limits.timeout)
-    return make_engine(engine, **{"model": model, "base_url": base_url, **settings})
-
-
-def _pairs_of(texts: Iterable[str], name: str) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        left, mark, right = text.partition("=")
-        if not (left and mark and right):
-            raise UsageError(f"{name}: expected NAME=VALUE, got '{text}'")
-        if left in pairs:
-            raise UsageError(f"{name}: {left} is given twice")
-        pairs[left] = right
-    return pairs
-
-
-def _scalar(text: str) -> Any:
-    """The value of a setting: a number, true or false where it reads as one, else the text."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int | float) else text
-
-
-def _say_report(report: dict[str, Any], job: Job) -> None:
+def _say_report(report: dict[str, Any], out: Path) -> None:
     """One line on what was made; exit code 1 where rows met an error, for they wait for the next run."""
     counts = ", ".join(f"{count} {status}" for status, count in report["statuses"].items() if count)
-    print(f"{job.out}: {report['rows']} of {report['of_rows']} rows ({counts}); settings and counts in {job.run_path}")
-    for note in report["notes"]:
+    of = report.get("of_rows", report["rows"])
+    print(f"{out}: {report['rows']} of {of} rows ({counts}); settings and counts in {run_path(out)}")
+    for note in report.get("notes", ()):
         print(f"note: {note}")
     errors = report["statuses"]["error"]
     if errors:
-        where, why = _first_error(job)
+        where, why = _first_error(out)
         raise RlaifError(f"{errors} rows met an error, and are tried again by the same command; the first, {where}: {why}")
 
 
-def _first_error(job: Job) -> tuple[str, str]:
+def _first_error(out: Path) -> tuple[str, str]:
     from rlaif.data import read_rows
 
-    return next((where, row["error"]) for where, row in read_rows(str(job.out)) if row["status"] == "error")
+    return next((where, row["error"]) for where, row in read_rows(str(out)) if row["status"] == "error")
 
 
 @app.command()
@@ -260,7 +283,7 @@ def align(
     from rlaif.data import read_rows
     from rlaif.evaluate import agreement, tables
 
-    values = _pairs_of(human_values.split(","), "--human-values") if human_values else None
+    values = pairs_of(human_values.split(","), "--human-values") if human_values else None
     files = {name: [row for _, row in read_rows(name)] for name in outs}
     for name, rows in files.items():
         if not rows:
@@ -285,7 +308,7 @@ def pairs(
     check_output(train)
     if train.resolve() == Path(labelled).resolve():
         raise UsageError(f"{train}: the training set would overwrite the labelled file")
-    rows = [row for _, row in _labelled_rows(labelled)]
+    rows = labelled_rows(labelled)
     settings = PairSettings(min_confidence, hard, drop_ties, form is Form.conversational)
     made = list(training_pairs(rows, settings))
     dropped = ", ".join(f"{count} {reason}" for reason, count in settings.dropped.items())
@@ -295,22 +318,14 @@ def pairs(
     print(f"{train}: {len(made)} pairs of {len(rows)} rows" + (f"; left out: {dropped}" if dropped else ""))
 
 
-def _labelled_rows(name: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    from rlaif.data import read_rows
-
-    empty = True
-    for where, row in read_rows(name):
-        empty = False
-        for column in ("id", "prompt", "response_a", "response_b", "status", "soft_label", "label"):
-            if column not in row:
-                raise UsageError(f"{where}: no column '{column}'; is this an output of `rlaif label`?")
-        yield where, row
-    if empty:
-        raise UsageError(f"{name}: no rows")
-
-
 templates_app = typer.Typer(help="List the templates, or show one.", invoke_without_command=True, add_completion=False)
 app.add_typer(templates_app, name="templates")
+
+
+class Kind(StrEnum):
+    pairwise = "pairwise"
+    rating = "rating"
+    ranking = "ranking"
 
 
 @templates_app.callback()
@@ -319,27 +334,71 @@ def templates(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         from rlaif.prompts import list_templates, load_template
 
-        for name in list_templates():
-            print(f"{name:20} {load_template(name).description}")
+        for kind in Kind:
+            print(f"{kind}:")
+            for name in list_templates(kind):
+                print(f"  {name:20} {load_template(name, kind).description}")
 
 
 @templates_app.command()
-def show(name: Annotated[str, typer.Argument(help="A shipped template's name, or a file.")]) -> None:
-    """Render a template on a sample row, as the messages that a model gets."""
-    from rlaif.data import comparisons
-    from rlaif.prompts import load_template
+@grouped
+def show(
+    name: Annotated[str, typer.Argument(help="A shipped template's name, or a file.")],
+    judging: Judging,
+    comparing: Comparing,
+    kind: Annotated[Kind, typer.Option(help="What the template asks for.")] = Kind.pairwise,
+) -> None:
+    """Render a template on a sample row, as the messages that a model gets; the options of `rlaif label` change them."""
+    from rlaif.show import rendered
 
-    template = load_template(name)
-    sample = Path(__file__).parent / "samples" / "comparisons.jsonl"
-    category = {"harmless": "harmlessness", "summary": "summarisation"}.get(name.partition("-")[0], "helpfulness")
-    item = next(item for item in comparisons(str(sample)) if item.row["category"] == category)
-    row = item.row
-    messages, prefix = template.render(prompt=item.prompt, response_1=row["response_a"], response_2=row["response_b"], row=row)
-    print(f"# {template.name}: {template.description}")
-    print(f"# choices {' / '.join(template.choices)}, asks for the {template.asks_for} one, hash {template.hash[:12]}")
-    for message in messages:
-        print(f"\n[{message['role']}]\n{message['content']}")
-    print(f"\n[assistant begins]\n{prefix}")
+    judging.template = name
+    print(rendered(judging.one(**comparing.given()), kind))
+
+
+constitution_app = typer.Typer(help="List the constitutions, show, check or copy one.", add_completion=False)
+app.add_typer(constitution_app, name="constitution")
+
+
+@constitution_app.command("list")
+def constitution_list() -> None:
+    """List the shipped constitutions."""
+    from rlaif.constitution import load_constitution
+    from rlaif.yamlfile import listed
+
+    for name in listed("constitutions"):
+        found = load_constitution(name)
+        print(f"{name:14} {len(found.principles):3} principles  {found.description}")
+
+
+@constitution_app.command("check")
+def constitution_check(file: Annotated[str, typer.Argument(help="A constitution's file, or a shipped one's name.")]) -> None:
+    """Check a constitution: every principle has its texts, names are distinct, weights are positive."""
+    from rlaif.constitution import load_constitution
+
+    found = load_constitution(file)
+    whole = sum(principle.weight for principle in found.principles)
+    for principle in found.principles:
+        print(f"{principle.name:32} {principle.weight / whole:6.1%}  {principle.preference}")
+    print(f"{file}: {len(found.principles)} principles, nothing wrong; hash {found.hash[:12]}")
+
+
+@constitution_app.command("new")
+def constitution_new(file: Annotated[Path, typer.Argument(help="Where to: a .yaml file that is not there yet.")]) -> None:
+    """Copy the short example constitution, to begin your own with."""
+    from rlaif.constitution import write_example
+
+    write_example(file)
+    print(f"{file}: edit it, then: rlaif constitution check {file}")
+
+
+@app.command()
+def labelers() -> None:
+    """List the shipped labelers; each is a small file to copy and change."""
+    from rlaif.labeler import load_labeler
+    from rlaif.yamlfile import listed
+
+    for name in listed("labelers"):
+        print(f"{name:24} {load_labeler(name).description}")
 
 
 if __name__ == "__main__":

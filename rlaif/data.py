@@ -19,8 +19,10 @@ from typing import IO, Any
 
 from rlaif.records import Row, UsageError, digest
 
-RESERVED = ("status", "soft_label", "label", "votes", "error")
-"""Columns that a labelled file adds; an input that already has one must rename it, or it would be lost."""
+RESERVED = ("status", "soft_label", "label", "dispersion", "votes", "error")
+RESERVED_SCORE = ("status", "score", "scores", "dispersion", "votes", "error")
+RESERVED_RANK = ("status", "ranking", "scores", "pairs", "cycles", "votes", "error")
+"""Columns that a labelled, scored or ranked file adds; an input that has one must rename it, or it would be lost."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -28,11 +30,11 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two responses to one prompt.
+class Item:
+    """One row to be judged: a comparison, a response, or a list of responses to rank.
 
-    `row` is the input row with `id`, `prompt`, `response_a` and `response_b` filled in; `prompt` the same prompt as
-    text; `where` says where the row stands, for messages; `problem` why it cannot be judged, or None.
+    `row` is the input row with `id` and the columns of its kind filled in; `prompt` the same prompt as text; `where` says
+    where the row stands, for messages; `problem` why it cannot be judged, or None.
     """
 
     row: Row
@@ -130,7 +132,7 @@ def comparisons(
     seed: int = 0,
     split: str | None = None,
     limit: int | None = None,
-) -> Iterator[Comparison]:
+) -> Iterator[Item]:
     """Comparisons of a source in its order; `mapping` renames columns, as {new: old}.
 
     Rows hold `prompt`, `response_a`, `response_b`, or `chosen` and `rejected`: with a `prompt`, two responses; without,
@@ -139,18 +141,41 @@ def comparisons(
 
     Raises: UsageError for a file that cannot be read, a missing column or one that the output would overwrite.
     """
+    for number, where, row in _rows(source, mapping, split, limit, RESERVED):
+        yield _comparison(row, number, where, seed)
+
+
+def responses(
+    source: str, mapping: Mapping[str, str] | None = None, split: str | None = None, limit: int | None = None
+) -> Iterator[Item]:
+    """Responses to be rated: rows of `prompt` and `response`. Raises: as `comparisons` does."""
+    for number, where, row in _rows(source, mapping, split, limit, RESERVED_SCORE):
+        yield _item(row, number, where, ("response",), lambda row: _text_problem(row, "response"))
+
+
+def response_lists(
+    source: str, mapping: Mapping[str, str] | None = None, split: str | None = None, limit: int | None = None
+) -> Iterator[Item]:
+    """Lists of responses to be ranked: rows of `prompt` and `responses`. Raises: as `comparisons` does."""
+    for number, where, row in _rows(source, mapping, split, limit, RESERVED_RANK):
+        yield _item(row, number, where, ("responses",), _list_problem)
+
+
+def _rows(
+    source: str, mapping: Mapping[str, str] | None, split: str | None, limit: int | None, reserved: tuple[str, ...]
+) -> Iterator[tuple[int, str, Row]]:
     for number, (where, raw) in enumerate(islice(read_rows(source, split), limit)):
         row = _renamed(raw, mapping or {}, where)
-        taken = [name for name in RESERVED if name in row]
+        taken = [name for name in reserved if name in row]
         if taken:
             raise UsageError(
                 f"{where}: column '{taken[0]}' is one that the output adds; rename it, as with --map my_{taken[0]}={taken[0]}"
             )
-        yield _comparison(row, number, where, seed)
+        yield number, where, row
 
 
-def check(items: Iterable[Comparison], source: str) -> tuple[int, list[str]]:
-    """Count the comparisons and list the problems of those that cannot be judged.
+def check(items: Iterable[Item], source: str) -> tuple[int, list[str]]:
+    """Count the rows and list the problems of those that cannot be judged.
 
     Raises: UsageError when there are no rows at all.
     """
@@ -179,31 +204,59 @@ def _renamed(row: Row, mapping: Mapping[str, str], where: str) -> Row:
     return {names.get(name, name): value for name, value in row.items()}
 
 
-def _comparison(row: Row, number: int, where: str, seed: int) -> Comparison:
+def _comparison(row: Row, number: int, where: str, seed: int) -> Item:
     problem = None
     if "response_a" not in row and "response_b" not in row and "chosen" in row and "rejected" in row:
         row, problem = _from_preference(row, seed)
-    for name in ("prompt", "response_a", "response_b"):
+    return _item(row, number, where, ("response_a", "response_b"), _pair_problem, problem)
+
+
+def _item(
+    row: Row,
+    number: int,
+    where: str,
+    columns: tuple[str, ...],
+    problem: Callable[[Row], str | None],
+    known: str | None = None,
+) -> Item:
+    for name in ("prompt", *columns):
         if name not in row:
             raise UsageError(f"{where}: no column '{name}'; there are: {', '.join(row)} (rename with --map {name}=COLUMN)")
     row = {"id": str(number) if row.get("id") is None else row["id"], **{k: v for k, v in row.items() if k != "id"}}
     prompt = as_text(row["prompt"])
-    return Comparison(row, prompt or "", where, problem or _problem(row, prompt))
+    return Item(row, prompt or "", where, known or _prompt_problem(row, prompt) or problem(row))
 
 
-def _problem(row: Row, prompt: str | None) -> str | None:
+def _prompt_problem(row: Row, prompt: str | None) -> str | None:
     if prompt is None:
         return f"column 'prompt': expected text or messages, got {_kind(row['prompt'])}"
-    if not prompt.strip():
-        return "column 'prompt' is empty"
-    for name in ("response_a", "response_b"):
-        if not isinstance(row[name], str):
-            return f"column '{name}': expected text, got {_kind(row[name])}"
-        if not row[name].strip():
-            return f"column '{name}' is empty"
-    if row["response_a"] == row["response_b"]:
+    return None if prompt.strip() else "column 'prompt' is empty"
+
+
+def _text_problem(row: Row, name: str) -> str | None:
+    if not isinstance(row[name], str):
+        return f"column '{name}': expected text, got {_kind(row[name])}"
+    return None if row[name].strip() else f"column '{name}' is empty"
+
+
+def _pair_problem(row: Row) -> str | None:
+    problem = _text_problem(row, "response_a") or _text_problem(row, "response_b")
+    if problem is None and row["response_a"] == row["response_b"]:
         return "columns 'response_a' and 'response_b' are identical: there is nothing to compare"
-    return None
+    return problem
+
+
+def _list_problem(row: Row) -> str | None:
+    texts = row["responses"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return f"column 'responses': expected a list of texts, got {_kind(texts)}"
+    if len(texts) < 2:
+        return f"column 'responses': {len(texts)} response{'s' * (len(texts) != 1)}: there is nothing to rank"
+    empty = next((n for n, text in enumerate(texts) if not text.strip()), None)
+    if empty is not None:
+        return f"column 'responses': the one at index {empty} is empty"
+    twice = next((n for n, text in enumerate(texts) if text in texts[:n]), None)
+    return None if twice is None else f"column 'responses': the one at index {twice} is there twice"
 
 
 def _kind(value: Any) -> str:

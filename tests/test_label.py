@@ -16,9 +16,9 @@ from rlaif.data import comparisons
 from rlaif.engines.mock import MockEngine
 from rlaif.evaluate.agreement import align
 from rlaif.job import Job
-from rlaif.label.pairwise import PairwiseLabeler, choice_probability, combine, parse_verdict
-from rlaif.prompts import load_template
-from rlaif.records import LABELLED, Completion, RlaifError
+from rlaif.label.pairwise import choice_probability, combine, parse_verdict
+from rlaif.labeler import Labeler
+from rlaif.records import LABELLED, Completion, Request, RlaifError
 from rlaif.runner import Limits
 from tests.conftest import cli, make_rows, read_jsonl, write_jsonl
 from tests.server import Server
@@ -26,8 +26,8 @@ from tests.server import Server
 
 def label(path: Path, out: Path, engine: MockEngine, template: str = "general", **knobs: Any) -> list[dict[str, Any]]:
     """Label a file with a mock engine, and give the rows of the output."""
-    labeler = PairwiseLabeler(load_template(template), **knobs)
-    job = Job(str(path), out, lambda: comparisons(str(path)), labeler, labeler.settings())
+    labeler = Labeler().changed(template=template, **knobs).pairwise()
+    job = Job(str(path), out, lambda: comparisons(str(path)), labeler)
     job.run(engine, Limits(), job.check())
     return read_jsonl(out)
 
@@ -229,16 +229,17 @@ def test_the_soft_label_of_any_log_probabilities_mirrors(x: float, y: float) -> 
     assert one + two == pytest.approx(1, abs=1e-12)
 
 
-def vote(soft: float | None, status: str = "ok") -> dict[str, Any]:
-    return {"soft_label": soft, "status": status, "error": "boom" if status == "error" else None}
+def vote(order: str, soft: float | None, status: str = "ok", principle: str | None = None) -> dict[str, Any]:
+    error = "boom" if status == "error" else None
+    return {"order": order, "principle": principle, "soft_label": soft, "status": status, "logprobs": None, "error": error}
 
 
 def test_an_order_that_failed_fails_the_row_and_half_is_a_tie() -> None:
-    assert combine([[vote(0.9)], [vote(None, "unparsed")]])["status"] == "unparsed"
-    row = combine([[vote(0.9)], [vote(None, "refused"), vote(None, "error")]])
+    assert combine([vote("ab", 0.9), vote("ba", None, "unparsed")])["status"] == "unparsed"
+    row = combine([vote("ab", 0.9), vote("ba", None, "refused"), vote("ba", None, "error")])
     assert (row["status"], row["label"], row["soft_label"], row["error"]) == ("error", None, None, "boom")
-    assert combine([[vote(1.0)], [vote(0.0)]])["label"] == "tie"
-    assert combine([[vote(1.0), vote(None, "unparsed")], [vote(1.0)]])["status"] == "ok"
+    assert combine([vote("ab", 1.0), vote("ba", 0.0)])["label"] == "tie"
+    assert combine([vote("ab", 1.0), vote("ab", None, "unparsed"), vote("ba", 1.0)])["status"] == "ok"
 
 
 # ------------------------------------------------------------ over HTTP
@@ -334,8 +335,8 @@ def test_reparse_reads_stored_text_again_without_a_call(tmp_path: Path, monkeypa
     path = write_jsonl(tmp_path / "d.jsonl", make_rows(8))
 
     def run(engine: OpenAIEngine | None) -> list[str]:
-        labeler = PairwiseLabeler(load_template("general"), samples=2)
-        job = Job(str(path), tmp_path / "o.jsonl", lambda: comparisons(str(path)), labeler, labeler.settings())
+        labeler = Labeler(samples=2).pairwise()
+        job = Job(str(path), tmp_path / "o.jsonl", lambda: comparisons(str(path)), labeler)
         job.run(engine, Limits(), job.check())
         return [row["status"] for row in read_jsonl(tmp_path / "o.jsonl")]
 
@@ -357,14 +358,6 @@ def test_a_mock_engine_refuses_impossible_plants() -> None:
 
 def test_the_mock_engine_answers_the_same_request_the_same_way() -> None:
     engine = MockEngine(noise=1.0)
-    template = load_template("general")
-    item = next(iter([*_items(make_rows(1))]))
-    request = PairwiseLabeler(template)._request(item, "ab")
+    request = Request(({"role": "user", "content": "Which?"},), choices=("1", "2"), hint={"texts": ("one", "two")})
     first, second = (asyncio.run(engine.complete(request)) for _ in range(2))
     assert first == second
-
-
-def _items(rows: list[dict[str, Any]]) -> list[Any]:
-    from rlaif.data import _comparison
-
-    return [_comparison(row, n, "row", 0) for n, row in enumerate(rows)]

@@ -14,7 +14,13 @@ from rlaif.prompts import Template, fence, list_templates, load_template, shippe
 from rlaif.records import UsageError
 
 EXTENDS = '{% extends "pairwise/_layout.jinja" %}\n'
-VALUES: dict[str, Any] = {"prompt": "P?", "response_1": "one", "response_2": "two", "row": {"ward": "seven"}}
+VALUES: dict[str, Any] = {
+    "prompt": "P?",
+    "response_1": "one",
+    "response_2": "two",
+    "principle": "Which one keeps its word?",
+    "row": {"ward": "seven"},
+}
 
 
 def write(folder: Path, text: str, name: str = "mine.jinja") -> str:
@@ -48,6 +54,7 @@ def test_a_shipped_template_asks_what_its_name_says(name: str) -> None:
     template = load_template(name)
     text = said(template)
     question = {
+        "constitution": "Which one keeps its word?",
         "general": "which response is better?",
         "helpful": "Which response is more helpful?",
         "harmless": "Which response is less harmful?",
@@ -239,7 +246,9 @@ def test_a_mistake_in_a_template_is_one_line(tmp_path: Path, text: str, message:
 
 
 def test_unknown_names_and_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"unknown template 'kindness': a file, or one of general, harmless-base"):
+    with pytest.raises(
+        UsageError, match=r"unknown template 'kindness': a file, or one of constitution, general, harmless-base"
+    ):
         load_template("kindness")
     with pytest.raises(UsageError, match=r"no such template file: .*gone\.jinja"):
         load_template(str(tmp_path / "gone.jinja"))

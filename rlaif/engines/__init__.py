@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -64,3 +67,42 @@ def make_engine(name: str, **settings: Any) -> Engine:
     except (TypeError, ValueError) as error:
         raise UsageError(f"engine {name}: {error}") from error
     return engine
+
+
+def beginnings(choices: tuple[str, ...]) -> dict[str, str]:
+    """Choices that begin with another one, to the longest such other.
+
+    >>> beginnings(("1", "2", "10"))
+    {'10': '1'}
+    """
+    found = {c: [o for o in choices if c != o and c.startswith(o)] for c in choices}
+    return {choice: max(others, key=len) for choice, others in found.items() if others}
+
+
+async def whole_choices(
+    request: Request, split: Mapping[str, str], complete: Callable[[Request], Awaitable[Completion]], first: Completion
+) -> Completion:
+    """The log-probabilities of choices that are not one token but begin with another choice, as `10` begins with `1`.
+
+    `split` gives these and their beginnings, `first` the answer to the request without them. For each beginning one more
+    request asks how probable it is to go on, by making it the beginning of the answer:
+    P(10) = P(1)·P(0 | 1), and P(1) becomes P(1)·(1 − P(0 | 1)).
+    """
+    if first.logprobs is None:
+        return first
+    logprobs = dict(first.logprobs)
+    read, written, cost = first.prompt_tokens, first.completion_tokens, first.cost
+    for start in sorted(set(split.values()) & set(logprobs)):
+        tails = {choice[len(start) :]: choice for choice, own in split.items() if own == start}
+        more = await complete(replace(request, prefix=request.prefix + start, choices=tuple(tails)))
+        read, written = read + more.prompt_tokens, written + more.completion_tokens
+        cost = cost if more.cost is None else (cost or 0.0) + more.cost
+        if more.logprobs is None:
+            continue
+        base, found = logprobs[start], {tail: value for tail, value in more.logprobs.items() if tail in tails}
+        logprobs |= {tails[tail]: base + value for tail, value in found.items()}
+        logprobs[start] = base + math.log(max(1 - math.fsum(math.exp(value) for value in found.values()), 1e-12))
+        if len(found) < len(tails) and more.floor is not None:
+            # So improbable that the server does not report it: bounded by the least that it does.
+            logprobs |= {tails[tail]: base + more.floor for tail in tails if tail not in found}
+    return replace(first, logprobs=logprobs, prompt_tokens=read, completion_tokens=written, cost=cost)

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from transformers import AutoTokenizer
 
+from rlaif.engines import beginnings
 from rlaif.records import FatalError, Message, Request, RowError, digest
 
 BREAK = "\u200b"
@@ -15,6 +16,9 @@ BREAK = "\u200b"
 
 MARKER = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]|\S[^\n]*:(?=[ \t]*$)", re.MULTILINE)
 """What a chat template writes around a message to say whose it is: `<|user|>`, `[INST]`, `### Response:`, `USER:`."""
+
+AFTER = (" ", "x", "_", ">", ":", "\n")
+"""What an answer may stand behind, to see by what tokens a tokenizer writes it there."""
 
 PROBE = "XcontentX"
 TURNS = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
@@ -72,9 +76,16 @@ class Chat:
         than one step to know.
         """
         for choice in choices:
-            if choice not in self._ids:
-                self._ids[choice] = self._spellings(choice)
+            if not self._spellings(choice):
+                raise FatalError(
+                    f"the choice '{choice}' is not a single token of {self.model}: use choices that are, such as digits or "
+                    "letters"
+                )
         return {choice: self._ids[choice] for choice in choices}
+
+    def split_choices(self, choices: tuple[str, ...]) -> dict[str, str]:
+        """Choices that are several tokens and begin with another choice, to that one."""
+        return {choice: start for choice, start in beginnings(choices).items() if not self._spellings(choice)}
 
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, without control tokens."""
@@ -82,16 +93,19 @@ class Chat:
         return text
 
     def _spellings(self, choice: str) -> list[int]:
+        if choice not in self._ids:
+            self._ids[choice] = self._spelled(choice)
+        return self._ids[choice]
+
+    def _spelled(self, choice: str) -> list[int]:
         spellings = [self.tokenizer.encode(text, add_special_tokens=False) for text in (choice, " " + choice)]
         found = {ids[0] for ids in spellings if len(ids) == 1}
-        # SentencePiece puts a space before every text, so its tokens without one are found by name only.
+        # SentencePiece puts a space before every text, so its tokens without one are found by name only. Not every token of
+        # that name is one that the tokenizer makes: one that splits numbers into digits may have `10` all the same.
         vocabulary = self.tokenizer.get_vocab()
-        named = [vocabulary[token] for token in (choice, "\u2581" + choice) if token in vocabulary]
-        found |= {i for i in named if self.tokenizer.decode([i]).strip() == choice.strip()}
-        if not found:
-            raise FatalError(
-                f"the choice '{choice}' is not a single token of {self.model}: use choices that are, such as digits or letters"
-            )
+        named = {vocabulary[token] for token in (choice, "\u2581" + choice) if token in vocabulary}
+        after = {self.tokenizer.encode(start + choice, add_special_tokens=False)[-1] for start in AFTER}
+        found |= {i for i in named & after if self.tokenizer.decode([i]).strip() == choice.strip()}
         return sorted(found)
 
     def _controls(self, ids: list[int]) -> int:

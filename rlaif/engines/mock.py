@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.records import Completion, NoLogprobsError, Request, TransientError, UsageError, digest
@@ -16,8 +17,13 @@ REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot compare these re
 class MockEngine:
     """Chooses the first response shown with probability σ(k·(q₁ − q₂) + bias + noise·ε), ε standard normal.
 
-    A response's quality q is the row's `quality_a` / `quality_b` where it has them, else drawn from the text, standard
-    normal. Everything is drawn from `seed` and the request, so that the same request meets the same fate, except `faults`,
+    A response's quality q is the row's `quality_a` / `quality_b` (`quality` of one to be rated, `qualities` of those to be
+    ranked) where it has them, else drawn from the text, standard normal; a mapping gives a quality by principle or
+    attribute. ε is drawn for each prompt, so that each rationale, which becomes a part of the prompt, has its own.
+    A rating is planted as P(mark m of M) ∝ exp(−(m − c)²/2), c = 1 + (M − 1)·σ(k·q + noise·ε); a ranking sorts by
+    k·q + noise·ε (+ Gumbel noise where it is drawn, which makes it Plackett and Luce's), + bias for the first shown.
+
+    Everything is drawn from `seed` and the request, so that the same request meets the same fate, except `faults`,
     which are drawn anew each time it is sent, as a server's are.
 
     k: slope; bias: preference for the first position (log-odds); noise: standard deviation (log-odds); refuse, garbage:
@@ -85,23 +91,27 @@ class MockEngine:
         pass
 
     def _answer(self, request: Request) -> Completion:
-        fate = random.Random(digest([self.seed, "fate", request.messages]))
+        hint = request.hint or {}
+        # A rationale of the same call as its answer: each has a fate of its own.
+        own = [request.sample] if hint.get("form") == "reasoned" else []
+        fate = random.Random(digest([self.seed, "fate", request.messages, *own]))
         draw = fate.random()
         tokens = sum(len(m["content"]) for m in request.messages) // 4
         if draw < self.refuse:
             return self._said(request, fate.choice(REFUSALS), tokens)
         if draw < self.refuse + self.garbage:
             return self._said(request, fate.choice(GARBAGE), tokens)
-        first, second = self._choices(request)
-        p = self._probability(request, fate)
-        if request.choices:
-            if not self.logprobs:
-                raise NoLogprobsError("mock engine: no log-probabilities")
-            logprobs = {first: _log(p), second: _log(1 - p)}
-            return Completion(first if p > 0.5 else second, logprobs, None, "length", None, tokens, 1)
         spoken = random.Random(digest([self.seed, request.messages, request.sample, request.seed, request.temperature]))
-        share = p if request.temperature else float(p > 0.5)
-        return Completion(first if spoken.random() < share else second, None, None, "stop", None, tokens, 1)
+        if hint.get("form") == "thinking":
+            return Completion(f"Thought {spoken.getrandbits(32)}.", None, None, "stop", None, tokens, 4)
+        chances = self._chances(hint, request.choices, fate, spoken if request.temperature else None)
+        if not request.choices:
+            text = self._speak(chances, hint, spoken if request.temperature else None)
+            return Completion(text, None, None, "stop", None, tokens, len(text) // 4 + 1)
+        if not self.logprobs:
+            raise NoLogprobsError("mock engine: no log-probabilities")
+        logprobs = {choice: _log(p) for choice, p in chances.items()}
+        return Completion(max(chances, key=lambda c: chances[c]), logprobs, None, "length", None, tokens, 1)
 
     def _said(self, request: Request, text: str, tokens: int) -> Completion:
         """A text that holds no choice; asked for log-probabilities, none of the choices is among them."""
@@ -109,23 +119,51 @@ class MockEngine:
             raise NoLogprobsError("mock engine: no log-probabilities")
         return Completion(text, {} if request.choices else None, None, "stop", None, tokens, len(text) // 4)
 
-    def _choices(self, request: Request) -> tuple[str, str]:
-        hint = request.hint or {}
-        first, second = hint.get("choices") or request.choices or ("1", "2")
-        return str(first), str(second)
+    def _speak(self, chances: dict[str, float], hint: Mapping[str, Any], draw: random.Random | None) -> str:
+        likely = max(chances, key=lambda c: chances[c])
+        said = draw.choices(list(chances), list(chances.values()))[0] if draw else likely
+        return f"A thought.\n{said}" if hint.get("form") == "reasoned" else said
 
-    def _probability(self, request: Request, fate: random.Random) -> float:
-        """P(the first response shown is the choice)."""
-        hint = request.hint or {}
+    def _chances(
+        self, hint: Mapping[str, Any], choices: tuple[str, ...], fate: random.Random, draw: random.Random | None
+    ) -> dict[str, float]:
+        """Each answer with its probability; of a ranking, the one answer there is."""
         texts = hint.get("texts", ("", ""))
-        planted = hint.get("qualities", (None, None))
-        first, second = (self._quality(text) if q is None else float(q) for text, q in zip(texts, planted, strict=True))
-        slope = -self.k if hint.get("asks_for") == "worse" else self.k
-        logit = slope * (first - second) + self.bias + self.noise * fate.gauss()
-        return 1 / (1 + math.exp(-max(-500.0, min(500.0, logit))))
+        names = () if hint.get("ranks") else hint.get("choices") or choices or ("1", "2")
+        values = [self._worth(q, text, hint.get("aspect")) for q, text in zip(self._planted(hint), texts, strict=True)]
+        if not names:
+            worth = [v + self.noise * fate.gauss() + (_gumbel(draw) if draw else 0.0) for v in values]
+            worth[0] += self.bias
+            order = sorted(range(len(worth)), key=lambda n: worth[n], reverse=True)
+            return {" > ".join(str(n + 1) for n in order): 1.0}
+        if len(texts) == 1:
+            centre = 1 + (len(names) - 1) * sigmoid(values[0] + self.noise * fate.gauss())
+            masses = [math.exp(-((mark - centre) ** 2) / 2) for mark in range(1, len(names) + 1)]
+            return {name: mass / sum(masses) for name, mass in zip(names, masses, strict=True)}
+        sign = -1 if hint.get("asks_for") == "worse" else 1
+        p = sigmoid(sign * (values[0] - values[1]) + self.bias + self.noise * fate.gauss())
+        return {names[0]: p, names[1]: 1 - p}
+
+    def _planted(self, hint: Mapping[str, Any]) -> Sequence[Any]:
+        texts = hint.get("texts", ("", ""))
+        return hint.get("qualities") or (None,) * len(texts)
+
+    def _worth(self, planted: Any, text: str, aspect: str | None) -> float:
+        """k·q of one response."""
+        if isinstance(planted, Mapping):
+            planted = planted.get(aspect)
+        return self.k * (self._quality(text) if planted is None else float(planted))
 
     def _quality(self, text: str) -> float:
         return random.Random(digest([self.seed, "quality", text])).gauss()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-max(-500.0, min(500.0, x))))
+
+
+def _gumbel(draw: random.Random) -> float:
+    return -math.log(-math.log(min(max(draw.random(), 1e-300), 1 - 1e-16)))
 
 
 def _log(p: float) -> float:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 import openai
 from openai.types.chat import ChatCompletion
 
+from rlaif.engines import beginnings, whole_choices
 from rlaif.records import (
     Completion,
     FatalError,
@@ -120,7 +121,11 @@ class OpenAIEngine:
             raise self._failure(error) from error
         except ValueError as error:
             raise TransientError(f"the server's answer is not JSON: {error}") from error
-        return self._read(answer, request)
+        completion = self._read(answer, request)
+        missing = {c: s for c, s in beginnings(request.choices).items() if c not in (completion.logprobs or {})}
+        if not (missing and self._prefill):
+            return completion
+        return await whole_choices(request, missing, self.complete, completion)
 
     async def _with_fewer(self, request: Request, top: int | None) -> Completion:
         """The server refuses `top` log-probabilities: ask for fewer, of this request and all that follow."""

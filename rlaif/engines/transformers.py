@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import transformers
 from torch.nn.functional import linear
 from transformers.cache_utils import DynamicLayer
 
+from rlaif.engines import whole_choices
 from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer, own_seed
 from rlaif.records import Completion, FatalError, Request, RowError, UsageError
 
@@ -103,6 +104,9 @@ class TransformersEngine:
     async def complete(self, request: Request) -> Completion:
         if self._closed:
             raise FatalError("the engine is closed")
+        if split := self._chat.split_choices(request.choices):
+            simple = replace(request, choices=tuple(c for c in request.choices if c not in split))
+            return await whole_choices(request, split, self.complete, await self.complete(simple))
         ids = self._chat.render(request)
         self._chat.choice_ids(request.choices)  # a wrong choice fails here, not its whole batch
         job = _Job(request, ids, asyncio.get_running_loop().create_future())

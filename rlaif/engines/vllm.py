@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import os
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from rlaif.engines import whole_choices
 from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer, own_seed
 from rlaif.records import Completion, FatalError, Request, RlaifError, TransientError, UsageError
 
@@ -76,6 +78,9 @@ class VllmEngine:
     async def complete(self, request: Request) -> Completion:
         if self._closed:
             raise FatalError("the engine is closed")
+        if split := self._chat.split_choices(request.choices):
+            simple = replace(request, choices=tuple(c for c in request.choices if c not in split))
+            return await whole_choices(request, split, self.complete, await self.complete(simple))
         ids = self._chat.render(request)
         spellings = self._chat.choice_ids(request.choices)
         flying = asyncio.create_task(self._answer(request, ids, spellings))

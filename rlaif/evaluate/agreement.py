@@ -211,6 +211,11 @@ def _baseline(name: str, sample: Sample, resamples: int, seed: int) -> Alignment
     return Alignment(name, True, _counts(sample, {}), found, {}, [])
 
 
+def among(named: Mapping[str, Sequence[Row]], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """How far labelers (or principles) agree with one another; stub to be replaced."""
+    raise NotImplementedError
+
+
 # ---------------------------------------------------------------- reading
 
 

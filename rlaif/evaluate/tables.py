@@ -74,6 +74,10 @@ def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
 
 
+def among(found: Mapping[str, Any], what: str, width: int = 100) -> str:
+    raise NotImplementedError
+
+
 def _names(names: Sequence[str]) -> list[str]:
     """Files by their own names, without folders, where these tell them apart."""
     short = [PurePath(name).name for name in names]

@@ -5,38 +5,36 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Literal
 
-from rlaif.data import Comparison
-from rlaif.prompts import Template
-from rlaif.records import (
-    LABELLED,
-    Completion,
-    Label,
-    NoLogprobsError,
-    RefusedError,
-    Request,
-    Row,
-    RowError,
-    Status,
-)
+from pydantic import BaseModel, ConfigDict, Field
 
-Ask = Callable[[Request], Awaitable[Completion]]
-"""What a method calls to have a request answered; it does not know by which engine, or whether from the store."""
+from rlaif.constitution import Bench, Principle
+from rlaif.data import Item
+from rlaif.label.exemplars import Shots
+from rlaif.label.judge import Answer, Ask, Asking, Judge, Vote, dispersion, worst
+from rlaif.prompts import Template
+from rlaif.records import LABELLED, Completion, Label, Row, UsageError, digest
 
 Order = Literal["ab", "ba"]
-Vote = dict[str, Any]
 
-FAILURES: tuple[Status, ...] = ("error", "refused", "unparsed")
-"""Failures, the one that decides a row's status first."""
 
-REFUSAL = re.compile(
-    r"^\W*(?:(?:i'?m|i am) (?:really |very |so |truly )?sorry|sorry\b|i (?:can ?not|can'?t|won'?t|will not|must decline)|"
-    r"i(?:'m| am) (?:not able|unable|not comfortable)|as an ai\b|i (?:do not|don'?t) feel comfortable)",
-    re.IGNORECASE,
-)
+class Calibration(BaseModel):
+    """What `rlaif calibrate` fitted: P(first shown) becomes σ((logit P − position_bias) / temperature).
+
+    After Guo et al. (arXiv 1706.04599, §4.2), with an offset for the preference that a labeler has for a position.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    position_bias: float = Field(default=0.0, allow_inf_nan=False)
+
+    def __call__(self, first: float) -> float:
+        return sigmoid((logit(first) - self.position_bias) / self.temperature)
 
 
 @dataclass(frozen=True)
@@ -44,15 +42,35 @@ class PairwiseLabeler:
     """Labels comparisons with one template.
 
     `both_orders` asks with the responses in either order and averages, which cancels a labeler's preference for a position.
-    `samples` verdicts are drawn per order where an engine gives no log-probabilities; the share of each is then the label.
+    `bench` are the principles to judge by, for a template that asks by a `principle`; their soft labels are averaged.
+    `clamp` bounds each vote's soft label, as constitutional AI does with chain of thought (arXiv 2212.08073, §4.1).
+
+    Raises: UsageError for settings that do not go together.
     """
 
     template: Template
+    asking: Asking = field(default_factory=Asking)
     both_orders: bool = True
-    temperature: float = 0.0
-    samples: int = 8
-    max_tokens: int = 32
-    seed: int = 0
+    shots: Shots | None = None
+    bench: Bench | None = None
+    clamp: tuple[float, float] | None = None
+    calibration: Calibration | None = None
+
+    reserved = ("status", "soft_label", "label", "dispersion", "votes", "error")
+    """The columns that it adds to a row."""
+
+    def __post_init__(self) -> None:
+        check_bench(self.template, self.bench)
+        if self.clamp is None:
+            return
+        low, high = self.clamp
+        if not 0 <= low < 0.5 or abs(low + high - 1) > 1e-9:
+            raise UsageError(
+                f"--cot-clamp {low:g},{high:g}: two bounds that add up to 1, the lower first, or swapped responses would not "
+                "swap the label"
+            )
+        if self.asking.cot == "off":
+            raise UsageError("--cot-clamp goes with --cot two-call or one-call")
 
     def settings(self) -> dict[str, Any]:
         """Everything about the method that can change a label."""
@@ -61,106 +79,76 @@ class PairwiseLabeler:
             "template": self.template.name,
             "template_hash": self.template.hash,
             "both_orders": self.both_orders,
-            "temperature": self.temperature,
-            "samples": self.samples,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
+            **self.asking.settings(),
+            "shots": self.shots.settings() if self.shots else None,
+            "constitution": self.bench.settings() if self.bench else None,
+            "clamp": list(self.clamp) if self.clamp else None,
+            "calibration": self.calibration.model_dump() if self.calibration else None,
         }
 
-    async def __call__(self, item: Comparison, ask: Ask) -> Row:
-        """The preference for one comparison: `status`, `soft_label` (P(A is better)), `label`, `votes`, `error`."""
+    def failed(self, problem: str | None) -> Row:
+        """The result of a row that could not be worked on."""
+        return _failed([], "error", problem)
+
+    async def __call__(self, item: Item, ask: Ask) -> Row:
+        """The preference for one comparison: the columns that `reserved` names; `soft_label` is P(A is better)."""
+        row = item.row
+        drawn = digest([row["prompt"], sorted([row["response_a"], row["response_b"]])])  # the same for swapped responses
+        bench = self.bench.sit(drawn) if self.bench else [(None, 1.0)]
         orders: tuple[Order, ...] = ("ab", "ba") if self.both_orders else ("ab",)
-        votes = await asyncio.gather(*(self._votes(item, order, ask) for order in orders))
-        return combine([list(v) for v in votes])
-
-    async def _votes(self, item: Comparison, order: Order, ask: Ask) -> list[Vote]:
-        """The votes of one order: one from log-probabilities, else `samples` spoken ones."""
-        request = self._request(item, order)
-        try:
-            completion = await ask(request)
-            vote = self._vote(order, completion)
-            if vote["soft_label"] is not None or vote["status"] == "refused":
-                return [vote]
-            # Log-probabilities came, but not those of the choices: what does the model say when let speak?
-            return [vote, await self._spoken(order, ask, self._speaking(request, 0, self.temperature))]
-        except NoLogprobsError:
-            warm = self.temperature or 1.0
-            speaking = (self._speaking(request, n, warm) for n in range(self.samples))
-            return list(await asyncio.gather(*(self._spoken(order, ask, s) for s in speaking)))
-        except (RowError, RefusedError) as error:
-            return [self._failed(order, error)]
-
-    def _request(self, item: Comparison, order: Order) -> Request:
-        a, b = item.row["response_a"], item.row["response_b"]
-        first, second = (a, b) if order == "ab" else (b, a)
-        messages, prefix = self.template.render(prompt=item.prompt, response_1=first, response_2=second, row=item.row)
-        qualities = [item.row.get("quality_a"), item.row.get("quality_b")]
-        return Request(
-            messages,
-            prefix,
-            choices=self.template.choices,
-            temperature=self.temperature,
-            seed=self.seed,
-            hint={
-                "texts": (first, second),
-                "qualities": tuple(qualities if order == "ab" else reversed(qualities)),
-                "choices": self.template.choices,
-                "asks_for": self.template.asks_for,
-            },
+        votes = await asyncio.gather(
+            *(self._votes(item, drawn, principle, order, ask) for principle, _ in bench for order in orders)
         )
+        weights = {principle.name if principle else None: weight for principle, weight in bench}
+        return combine([vote for found in votes for vote in found], weights, self.calibration)
 
-    def _speaking(self, request: Request, sample: int, temperature: float) -> Request:
-        return Request(
-            request.messages,
-            request.prefix,
-            max_tokens=self.max_tokens,
-            temperature=temperature,
-            seed=self.seed,
-            sample=sample,
-            hint=request.hint,
-        )
-
-    async def _spoken(self, order: Order, ask: Ask, request: Request) -> Vote:
-        try:
-            return self._vote(order, await ask(request))
-        except (RowError, RefusedError) as error:
-            return self._failed(order, error)
-
-    def _vote(self, order: Order, completion: Completion) -> Vote:
-        """What one completion says, in the row's own order whatever the order shown and the template's polarity."""
-        status: Status = "ok"
-        probability = None
-        if completion.logprobs is not None:
-            probability = choice_probability(completion, self.template.choices)
-        elif not completion.refusal:
-            probability = parse_verdict(completion.text, self.template.choices)
-        if completion.refusal or completion.finish == "content_filter":
-            status, probability = "refused", None
-        elif probability is None:
-            status = "refused" if completion.logprobs is None and REFUSAL.match(completion.text) else "unparsed"
-        elif self.template.asks_for == "worse":
-            probability = 1 - probability
-        if probability is not None and order == "ba":
-            probability = 1 - probability
-        logprobs = None
-        if completion.logprobs is not None:
-            logprobs = {choice: completion.logprobs.get(choice) for choice in self.template.choices}
-        return {
-            "order": order,
-            "status": status,
-            "soft_label": probability,
-            "logprobs": logprobs,
-            "text": completion.refusal or completion.text,
-            "prompt_tokens": completion.prompt_tokens,
-            "completion_tokens": completion.completion_tokens,
-            "error": None,
-            "key": completion.key,
+    async def _votes(self, item: Item, drawn: str, principle: Principle | None, order: Order, ask: Ask) -> list[Vote]:
+        row, name = item.row, principle.name if principle else None
+        first, second = ("response_a", "response_b") if order == "ab" else ("response_b", "response_a")
+        values = {
+            "prompt": item.prompt,
+            "response_1": row[first],
+            "response_2": row[second],
+            "row": row,
+            "principle": principle.preference if principle else None,
+            "exemplars": self.shots.choose(item.prompt, drawn, self.template, self.asking.cot) if self.shots else [],
         }
+        hint = {
+            "texts": (row[first], row[second]),
+            "qualities": (row.get(first.replace("response", "quality")), row.get(second.replace("response", "quality"))),
+            "aspect": name,
+        }
+        answers = await self._judge.answers(values, hint, ask)
+        return [answer.vote(principle=name, order=order, soft_label=self._soft(answer, order)) for answer in answers]
 
-    def _failed(self, order: Order, error: Exception) -> Vote:
-        status = "refused" if isinstance(error, RefusedError) else "error"
-        empty = {"soft_label": None, "logprobs": None, "text": "", "prompt_tokens": 0, "completion_tokens": 0}
-        return {"order": order, "status": status, **empty, "error": str(error), "key": ""}
+    @property
+    def _judge(self) -> Judge:
+        choices = (self.template.choices[0], self.template.choices[1])
+        return Judge(
+            self.template,
+            self.asking,
+            lambda completion: choice_probability(completion, choices),
+            lambda text: parse_verdict(text, choices),
+        )
+
+    def _soft(self, answer: Answer, order: Order) -> float | None:
+        """P(A is better), in the row's own order whatever the order shown and the template's polarity."""
+        if answer.value is None:
+            return None
+        p = float(answer.value)
+        if (self.template.asks_for == "worse") != (order == "ba"):
+            p = 1 - p
+        return min(max(p, self.clamp[0]), self.clamp[1]) if self.clamp else p
+
+
+def check_bench(template: Template, bench: Bench | None) -> None:
+    """Raises: UsageError where a template asks by a principle and there is none, or the other way round."""
+    if bench and "principle" not in template.variables:
+        raise UsageError(
+            f"template {template.name} has no {{{{ principle }}}} to ask by: with a constitution, use one that has"
+        )
+    if bench is None and "principle" in template.variables:
+        raise UsageError(f"template {template.name} asks by a principle: give a --constitution")
 
 
 def choice_probability(completion: Completion, choices: tuple[str, str]) -> float | None:
@@ -178,12 +166,18 @@ def choice_probability(completion: Completion, choices: tuple[str, str]) -> floa
             return None
         first = completion.floor if first is None else first
         second = completion.floor if second is None else second
-    return _sigmoid(first - second)
+    return sigmoid(first - second)
 
 
-def _sigmoid(x: float) -> float:
+def sigmoid(x: float) -> float:
     """σ(x), such that σ(−x) is 1 − σ(x) to the last bit that matters and nothing overflows."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else 1 - 1 / (1 + math.exp(x))
+
+
+def logit(p: float) -> float:
+    """The inverse of `sigmoid`, for p no nearer to 0 or 1 than a millionth."""
+    p = min(max(p, 1e-6), 1 - 1e-6)
+    return math.log(p) - math.log1p(-p)
 
 
 TIE = re.compile(
@@ -227,27 +221,75 @@ def _verdict(line: str, choices: tuple[str, str]) -> float | None:
     return 0.5 if TIE.fullmatch(bare) else None
 
 
-def combine(orders: list[list[Vote]]) -> Row:
-    """One preference from the votes of each order: the mean over orders of the mean of an order's votes.
+def combine(
+    votes: Sequence[Vote],
+    weights: Mapping[str | None, float] | None = None,
+    calibration: Calibration | None = None,
+) -> Row:
+    """One preference from votes: the weighted mean over principles of the mean over orders of the mean over samples.
 
-    An order all of whose votes failed fails the row: without it, the preference for a position would not cancel.
+    An order all of whose votes failed fails its principle, for without it the preference for a position would not cancel.
+    Principles with at least half of the weight failing fail the row: one that is left over must not speak for all.
     """
-    votes = [vote for order in orders for vote in order]
-    labels = [[v["soft_label"] for v in order if v["status"] in LABELLED] for order in orders]
-    if not all(labels):
-        failed = {v["status"] for order, good in zip(orders, labels, strict=True) if not good for v in order}
-        status = next(s for s in FAILURES if s in failed)
-        error = next((v["error"] for v in votes if v["error"]), None)
-        return {"status": status, "soft_label": None, "label": None, "votes": votes, "error": error}
-    soft = sum(sum(good) / len(good) for good in labels) / len(labels)
+    orders: dict[str | None, list[float]] = {}
+    lost: set[str | None] = set()
+    samples = []
+    for (principle, order), group in _grouped(votes).items():
+        good = [vote["soft_label"] for vote in group if vote["status"] in LABELLED]
+        samples.append(good)
+        orders.setdefault(principle, [])
+        if good:
+            orders[principle].append(_calibrated(order, group, calibration))
+        else:
+            lost.add(principle)
+    heavy = {principle: (weights or {}).get(principle, 1.0) for principle in orders}
+    known = sum(heavy[principle] for principle in orders if principle not in lost)
+    if known <= sum(heavy.values()) / 2:
+        return _failed(votes, *worst(votes))
+    soft = sum(heavy[p] * fmean(softs) for p, softs in orders.items() if p not in lost) / known
     label = hard_label(soft)
     return {
         "status": "tie" if label == "tie" else "ok",
         "soft_label": soft,
         "label": label,
-        "votes": votes,
+        "dispersion": dispersion(samples),
+        "votes": list(votes),
         "error": None,
     }
+
+
+def _failed(votes: Sequence[Vote], status: str, error: str | None) -> Row:
+    nothing = {"soft_label": None, "label": None, "dispersion": None}
+    return {"status": status, **nothing, "votes": list(votes), "error": error}
+
+
+def _grouped(votes: Sequence[Vote]) -> dict[tuple[str | None, str], list[Vote]]:
+    """Votes by principle and order: samples of one and the same question."""
+    groups: dict[tuple[str | None, str], list[Vote]] = {}
+    for vote in votes:
+        groups.setdefault((vote.get("principle"), vote["order"]), []).append(vote)
+    return groups
+
+
+def _calibrated(order: str, group: Sequence[Vote], calibration: Calibration | None) -> float:
+    """The mean soft label of one question's votes."""
+    if calibration is None:
+        return fmean(vote["soft_label"] for vote in group if vote["status"] in LABELLED)
+    first = calibration(first_shown(order, group))
+    return first if order == "ab" else 1 - first
+
+
+def first_shown(order: str, group: Sequence[Vote]) -> float:
+    """P(the response shown first is better) by one question's votes, as `Calibration` takes it.
+
+    Spoken verdicts are counted with half a vote for either side more (Krichevsky and Trofimov), so that a share of all
+    or nothing is no certainty.
+    """
+    good = [vote for vote in group if vote["status"] in LABELLED]
+    total = sum(vote["soft_label"] for vote in good)
+    spoken = all(vote["logprobs"] is None for vote in good)
+    a = float((total + 0.5) / (len(good) + 1) if spoken else total / len(good))
+    return a if order == "ab" else 1 - a
 
 
 def hard_label(soft: float) -> Label:

@@ -1,0 +1,278 @@
+"""Options that commands share, in groups: a command takes a group as one parameter, and its fields become options."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from rlaif.records import Row, UsageError
+
+if TYPE_CHECKING:
+    from rlaif.data import Item
+    from rlaif.labeler import Labeler
+    from rlaif.runner import Limits
+
+
+class EngineName(StrEnum):
+    embedded = "embedded"
+    openai = "openai"
+    vllm = "vllm"
+    transformers = "transformers"
+    mock = "mock"
+
+
+class CotName(StrEnum):
+    off = "off"
+    two_call = "two-call"
+    one_call = "one-call"
+
+
+class ChooseName(StrEnum):
+    fixed = "fixed"
+    random = "random"
+    nearest = "nearest"
+
+
+class BadRows(StrEnum):
+    stop = "stop"
+    keep = "keep"
+
+
+@dataclass
+class Judging:
+    """What judges, whatever it is asked; options that are given win over a labeler file's."""
+
+    labeler: Annotated[
+        list[str], typer.Option(metavar="FILE", help="A labeler file, or a shipped one's name (see `rlaif labelers`).")
+    ] = field(default_factory=list)
+    engine: Annotated[EngineName | None, typer.Option(help="What answers (default: embedded).")] = None
+    model: Annotated[str | None, typer.Option(help="The model's name or folder.")] = None
+    base_url: Annotated[str | None, typer.Option(help="The server, for --engine openai (key: OPENAI_API_KEY).")] = None
+    option: Annotated[
+        list[str],
+        typer.Option("--engine-option", "-E", metavar="NAME=VALUE", help="A setting of the engine, as dtype=bf16."),
+    ] = field(default_factory=list)
+    template: Annotated[str | None, typer.Option(help="A shipped template's name (see `rlaif templates`), or a file.")] = None
+    cot: Annotated[CotName | None, typer.Option(help="Chain of thought: a rationale before the answer (default: off).")] = None
+    rationale_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of a rationale (default: 512).")] = None
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rationales to draw; without --cot, verdicts where there are no log-probabilities."),
+    ] = None
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Of what is drawn (default: 0 for one, 1 for several).")
+    ] = None
+    constitution: Annotated[
+        str | None, typer.Option(help="Judge by its principles: a shipped constitution's name, or a file.")
+    ] = None
+    principles: Annotated[
+        str | None, typer.Option(metavar="one|all|K", help="How many of them judge a row (default: one, drawn).")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Draws sides, samples, principles, exemplars (default: 0).")] = None
+
+    def labelers(self, **more: Any) -> list[Labeler]:
+        """The labelers asked for: those of the files, or the one that the options describe."""
+        from rlaif.labeler import Labeler, load_labeler
+
+        options = {name: scalar(value) for name, value in pairs_of(self.option, "-E").items()}
+        given = {
+            name: getattr(self, name)
+            for name in ("model", "base_url", "template", "rationale_tokens", "samples", "temperature", "constitution", "seed")
+        }
+        given |= {"engine": self.engine and str(self.engine), "cot": self.cot and str(self.cot)}
+        given |= {"principles": self._principles(), "options": options or None, **more}
+        return [labeler.changed(**given) for labeler in [load_labeler(name) for name in self.labeler] or [Labeler()]]
+
+    def one(self, **more: Any) -> Labeler:
+        """The one labeler asked for."""
+        found = self.labelers(**more)
+        if len(found) > 1:
+            raise UsageError("--labeler: this command takes one")
+        return found[0]
+
+    def _principles(self) -> str | int | None:
+        if self.principles in (None, "one", "all"):
+            return self.principles
+        if not self.principles.isascii() or not self.principles.isdigit():
+            raise UsageError(f"--principles: one, all or a number, not '{self.principles}'")
+        return int(self.principles)
+
+
+@dataclass
+class Comparing:
+    """What only comparisons know."""
+
+    both_orders: Annotated[
+        bool | None,
+        typer.Option("--both-orders/--one-order", help="Ask with the responses in both orders (default), or in one."),
+    ] = None
+    cot_clamp: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="Bound soft labels after a rationale, as 0.4,0.6.")
+    ] = None
+    shots: Annotated[int | None, typer.Option(min=0, help="Exemplars before the comparison (default: 0).")] = None
+    choose: Annotated[ChooseName | None, typer.Option(help="How exemplars are chosen for a row (default: fixed).")] = None
+    exemplars: Annotated[
+        str | None, typer.Option(help="A shipped exemplar file's name, or a file (default: the template's).")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        clamp = two_numbers(self.cot_clamp, "--cot-clamp", "LOW,HIGH") if self.cot_clamp else None
+        choose = str(self.choose) if self.choose else None
+        return {
+            "both_orders": self.both_orders,
+            "cot_clamp": clamp,
+            "shots": self.shots,
+            "choose": choose,
+            "exemplars": self.exemplars,
+        }
+
+
+@dataclass
+class Reading:
+    """Which rows of a source, and what their columns are called."""
+
+    split: Annotated[str | None, typer.Option(help="The split of a saved or hub dataset.")] = None
+    mapping: Annotated[list[str], typer.Option("--map", metavar="NEW=OLD", help="Rename a column, as in prompt=question.")] = (
+        field(default_factory=list)
+    )
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        return pairs_of(self.mapping, "--map")
+
+    def comparisons(self, source: str, seed: int) -> Callable[[], Iterator[Item]]:
+        from rlaif.data import comparisons
+
+        columns = self.columns
+        return lambda: comparisons(source, columns, seed, self.split, self.limit)
+
+    def facts(self) -> dict[str, Any]:
+        return {"limit": self.limit, "map": self.columns, "split": self.split}
+
+
+@dataclass
+class Running:
+    """How hard to press, what it may cost, and what to do with an output that is there."""
+
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Rows in flight (default: by engine).")] = None
+    max_cost: Annotated[
+        float | None, typer.Option(min=0.0, help="Stop before this many US dollars are spent (needs a price).")
+    ] = None
+    price: Annotated[str | None, typer.Option(metavar="IN,OUT", help="US dollars per million tokens read, written.")] = None
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds a call may take (default: 120 for openai).")] = None
+    tries: Annotated[int, typer.Option(min=1, help="Tries a call before it is given up.")] = 6
+    bad_rows: Annotated[
+        BadRows,
+        typer.Option(help="Rows that cannot be judged: stop before anything is asked, or keep with status error."),
+    ] = BadRows.stop
+    relabel: Annotated[bool, typer.Option("--relabel", help="Make OUT anew where it was made with other settings.")] = False
+    reparse: Annotated[bool, typer.Option("--reparse", help="Read the stored answers again, without a call.")] = False
+
+    def limits(self, labeler: Labeler) -> Limits:
+        from rlaif.labeler import CONCURRENCY
+        from rlaif.runner import Limits
+
+        price = two_numbers(self.price, "--price", "IN,OUT") if self.price else labeler.price
+        if price and not all(0 <= part < float("inf") for part in price):
+            raise UsageError(f"--price: prices cannot be negative, got '{self.price}'")
+        if self.max_cost is not None and price is None:
+            raise UsageError(
+                "--max-cost needs --price IN,OUT (US dollars per million tokens), for prices change and are not guessed"
+            )
+        seconds = self.timeout or (120.0 if labeler.engine == "openai" else None)
+        rows = self.concurrency or labeler.concurrency or CONCURRENCY[labeler.engine]
+        return Limits(rows, self.tries, seconds, self.max_cost, price)
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of the groups above are spread into their fields, for Typer to read.
+
+    The function itself is called with the groups, filled in.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if inspect.isclass(kind) and is_dataclass(kind)}
+    spread: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            spread += _parameters(groups[parameter.name])
+        else:
+            spread.append(parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY))
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{own.name: given.pop(own.name) for own in fields(kind)})
+        command(**given)
+
+    called.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return called
+
+
+def _parameters(group: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for own in fields(group):
+        default = own.default_factory() if callable(own.default_factory) else own.default
+        yield inspect.Parameter(own.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[own.name])
+
+
+# ---------------------------------------------------------------- values
+
+
+def pairs_of(texts: Iterable[str], name: str) -> dict[str, str]:
+    """NAME=VALUE texts as a mapping. Raises: UsageError for another form, or a name that is given twice."""
+    pairs = {}
+    for text in texts:
+        left, mark, right = text.partition("=")
+        if not (left and mark and right):
+            raise UsageError(f"{name}: expected NAME=VALUE, got '{text}'")
+        if left in pairs:
+            raise UsageError(f"{name}: {left} is given twice")
+        pairs[left] = right
+    return pairs
+
+
+def two_numbers(text: str, name: str, form: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{name}: expected two numbers, {form}, got '{text}'") from None
+    return first, second
+
+
+def scalar(text: str) -> Any:
+    """The value of a setting: a number, true or false where it reads as one, else the text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
+def labelled_rows(name: str) -> list[Row]:
+    """Rows of an output of `rlaif label`. Raises: UsageError naming the place of what is none."""
+    from rlaif.data import read_rows
+
+    rows = []
+    for where, row in read_rows(name):
+        for column in ("id", "prompt", "response_a", "response_b", "status", "soft_label", "label"):
+            if column not in row:
+                raise UsageError(f"{where}: no column '{column}'; is this an output of `rlaif label`?")
+        rows.append(row)
+    if not rows:
+        raise UsageError(f"{name}: no rows")
+    return rows
+
+
+def run_path(out: Path) -> Path:
+    """Where the run file of an output stands."""
+    return out.with_name(out.name + ".run.json")

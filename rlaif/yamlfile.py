@@ -1,0 +1,116 @@
+"""Small YAML files that users write (constitutions, exemplars, labelers, grids): found by name or path, checked, hashed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rlaif.records import UsageError, digest
+
+PACKAGE = Path(__file__).parent
+SUFFIXES = (".yaml", ".yml")
+
+
+def shipped(kind: str) -> Path:
+    """The folder of this kind (`prompts`) that came with the package: inside a wheel, or beside it in a checkout."""
+    inside = PACKAGE / "_shipped" / kind
+    return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+class YamlFile(BaseModel):
+    """What such a file holds; fields that are not known are refused. `name` is the file's own, unless it says another."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = ""
+    description: str = ""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the content, but for name and description, which change nothing."""
+        return digest(self.model_dump(mode="json", exclude={"name", "description"}))
+
+
+File = TypeVar("File", bound=YamlFile)
+
+
+def named(kind: str, name: str) -> Path:
+    """The path of a user's file, or of the shipped one of this kind and name.
+
+    Raises: UsageError naming those that there are.
+    """
+    path = Path(name)
+    if path.suffix in SUFFIXES or path.is_file():
+        if not path.is_file():
+            raise UsageError(f"no such file: {name}")
+        return path
+    folder = shipped(kind)
+    found = (folder / f"{name}.yaml").resolve()
+    if not found.is_relative_to(folder.resolve()) or not found.is_file():
+        raise UsageError(f"no file '{name}', and none of that name among the shipped {kind}: {', '.join(listed(kind))}")
+    return found
+
+
+def listed(kind: str) -> list[str]:
+    """Names of the shipped files of this kind."""
+    return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
+
+
+def load(form: type[File], path: Path) -> File:
+    """Read and check a file.
+
+    Raises: UsageError naming the file and the field, for what is not YAML, has an unknown field, lacks one or has a bad one.
+    """
+    content = {"name": path.stem, **read_yaml(path)}
+    try:
+        return form.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {in_words(error, content)}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The `name: value` lines of a file.
+
+    Raises: UsageError naming the file, where it cannot be read or holds anything else.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    return parse_yaml(text, f"{path}: its lines")
+
+
+def parse_yaml(text: str, what: str) -> dict[str, Any]:
+    """The `name: value` lines of a text. Aliases are refused, as a few lines of them can stand for gigabytes.
+
+    Raises: UsageError beginning with `what`, a plural.
+    """
+    try:
+        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        content = {} if aliases else yaml.safe_load(text)
+    except Exception as error:  # beside YAMLError, whatever int() and their like raise in PyYAML
+        raise UsageError(f"{what} are not YAML: {' '.join(str(error).split())}") from error
+    if aliases:
+        raise UsageError(f"{what} hold an alias (*name): write it out")
+    if not isinstance(content, dict | None):
+        raise UsageError(f"{what} must be 'name: value' lines")
+    return content or {}
+
+
+def in_words(error: ValidationError, content: Any) -> str:
+    """The first mistake: where it is, by the names of list items where they have one, and what it is."""
+    first = error.errors()[0]
+    place: list[str] = []
+    for part in first["loc"]:
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            content = None
+        label = content.get("name") if isinstance(part, int) and isinstance(content, dict) else None
+        place.append(f"{int(part) + 1} ({label})" if label else str(part + 1 if isinstance(part, int) else part))
+    more = len(error.errors()) - 1
+    words = first["msg"].removeprefix("Value error, ")
+    return f"{' '.join(place)}: {words}" + (f" (and {more} more)" if more else "")
