@@ -73,6 +73,10 @@ class Method(StrEnum):
     tournament = "tournament"
 
 
+HumanValues = Annotated[
+    str | None,
+    typer.Option(metavar="RAW=LABEL,...", help="What the human column's values mean, as 0=a,1=b."),
+]
 Data = Annotated[str, typer.Argument(help=".jsonl, .jsonl.gz or .parquet, a saved dataset's folder, or a hub name.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Where to: .jsonl, .jsonl.gz or .parquet.")]
 
@@ -154,18 +158,14 @@ def _label_together(
 
 def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str, Any]]:
     """Check everything that can be checked of all jobs, then do one after the other, within one budget."""
-    from dataclasses import replace
-
     limits = [running.limits(labeler) for _, labeler in jobs]
     totals = [job.check(keep_bad=running.bad_rows is BadRows.keep) for job, _ in jobs]
     reports: list[dict[str, Any]] = []
     for (job, labeler), total, limit in zip(jobs, totals, limits, strict=True):
-        if running.max_cost is not None:
-            spent = sum(report["this_run"]["cost_usd"] or 0.0 for report in reports)
-            limit = replace(limit, max_cost=running.max_cost - spent)
         job.facts = {"labeler": labeler.model_dump(mode="json", exclude_defaults=True), **job.facts}
         engine = None if running.reparse else labeler.make_engine(limit)
-        reports.append(job.run(engine, limit, total, redo=running.relabel))
+        spent = sum(report["this_run"]["cost_usd"] or 0.0 for report in reports)
+        reports.append(job.run(engine, limit.after(spent), total, redo=running.relabel))
     return reports
 
 
@@ -272,9 +272,7 @@ def align(
     outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Labelled files; several make a leaderboard.")],
     human: Annotated[str, typer.Option(metavar="COLUMN", help="Human labels: a|b|tie, 0|1|2 (0 a tie), or a list of votes.")],
     column: Annotated[str, typer.Option("--label", metavar="COLUMN", help="The labels to measure.")] = "label",
-    human_values: Annotated[
-        str | None, typer.Option(metavar="RAW=LABEL,...", help="What the human column's values mean, as 0=a,1=b.")
-    ] = None,
+    human_values: HumanValues = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -316,6 +314,45 @@ def pairs(
         raise RlaifError(f"{labelled}: no row gives a pair ({dropped})")
     write_rows(train, lambda: made)
     print(f"{train}: {len(made)} pairs of {len(rows)} rows" + (f"; left out: {dropped}" if dropped else ""))
+
+
+@app.command()
+@grouped
+def ablate(
+    data: Data,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder: each cell's output, the table and the plot.")],
+    human: Annotated[str, typer.Option(metavar="COLUMN", help="Human labels, as `rlaif align` takes them.")],
+    grid: Annotated[str, typer.Option(metavar="FILE", help="What to turn: a grid file, or a shipped one's name.")],
+    judging: Judging,
+    comparing: Comparing,
+    reading: Reading,
+    running: Running,
+    human_values: HumanValues = None,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+) -> None:
+    """Turn a labeler's knobs and measure each combination against humans: a table with costs, and a plot.
+
+    The other options describe the labeler that is turned. The same command goes on where an earlier one stopped.
+    """
+    import asyncio
+
+    from rlaif.ablate import Ablation, Grid
+    from rlaif.yamlfile import load, named
+
+    base = judging.one(**comparing.given())
+    cells = load(Grid, named("labelers/grids", grid)).cells(base)
+    if out.is_file():
+        raise UsageError(f"{out}: is a file; -o is a folder here")
+    values = pairs_of(human_values.split(","), "--human-values") if human_values else None
+    if running.reparse:
+        raise UsageError("--reparse goes with one output at a time")
+    out.mkdir(parents=True, exist_ok=True)
+    ablation = Ablation(data, reading.comparisons(data, base.seed), cells, out, human, values, reading.facts())
+    try:
+        asyncio.run(ablation.run(running.limits, running.bad_rows is BadRows.keep, running.relabel))
+    finally:
+        if any(job.run_path.exists() for job in ablation.jobs().values()):
+            print(ablation.write(ablation.measure(resamples), f"{base.name or 'labeler'} on {Path(data).name}"))
 
 
 templates_app = typer.Typer(help="List the templates, or show one.", invoke_without_command=True, add_completion=False)

@@ -76,6 +76,10 @@ class Limits:
     max_cost: float | None = None
     prices: tuple[float, float] | None = None
 
+    def after(self, spent: float) -> Limits:
+        """The limits of the next run within the same budget."""
+        return self if self.max_cost is None else replace(self, max_cost=max(0.0, self.max_cost - spent))
+
 
 @dataclass
 class Tally:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from textwrap import fill
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -76,6 +77,22 @@ def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
 
 def among(found: Mapping[str, Any], what: str, width: int = 100) -> str:
     raise NotImplementedError
+
+
+def ablation(found: Mapping[str, Any], width: int = 200) -> str:
+    """The cells of an ablation in their order, then the baselines, as a Markdown table."""
+    table = Table(box=box.MARKDOWN)
+    heads = ("cell", "accuracy, all", "95 % interval", "n", "no ties", "position", "coverage", "tokens / 1,000", "US$ / 1,000")
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for result in (*found["cells"], *found["baselines"]):
+        metrics, cost = result["metrics"], result.get("cost", {})
+        others = (_number(metrics[name]["value"]) for name in ("accuracy_no_ties", "position_bias", "coverage"))
+        tokens, usd = cost.get("tokens"), cost.get("usd")
+        name = f"({result['name']})" if result["baseline"] else result["name"] + ("" if result["complete"] else " (unfinished)")
+        prices = ("–" if tokens is None else f"{tokens:,.0f}", "–" if usd is None else f"{usd:.2f}")
+        table.add_row(name, *_cells(metrics["accuracy_all"]), *others, *prices)
+    return _text(table, width)
 
 
 def _names(names: Sequence[str]) -> list[str]:
