@@ -1,4 +1,4 @@
-"""Ablations: one labeler with its knobs turned, over the same rows, measured against humans (RLAIF, arXiv 2309.00267, §4.5)."""
+"""Ablations: one labeler with its knobs turned, over the same rows, measured against humans (as in RLAIF, arXiv 2309.00267)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,10 @@ class Ablation:
             raise RlaifError("no cell of the grid is finished")
         results = agreement.leaderboard(rows, self.human, resamples=resamples, seed=seed, values=self.values)
         by_name = {result["name"]: result for result in results}
-        cells = [{**by_name[name], "complete": runs[name]["complete"], "cost": _cost(runs[name])} for name in rows]
+        cells = [
+            {**by_name[name], "cot": self.cells[name].cot, "complete": runs[name]["complete"], "cost": _cost(runs[name])}
+            for name in rows
+        ]
         return {"cells": cells, "baselines": [result for result in results if result["baseline"]]}
 
     def write(self, found: Mapping[str, Any], title: str) -> str:
@@ -153,7 +156,10 @@ def _cost(run: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def plot(found: Mapping[str, Any], title: str) -> bytes:
-    """Agreement with humans against the cost of 1,000 labels, with 95 % intervals and the baselines, as SVG."""
+    """Agreement with humans against the cost of 1,000 labels, with 95 % intervals and the baselines, as SVG.
+
+    Cells with chain of thought are orange, those without it blue.
+    """
     from io import BytesIO
 
     import matplotlib
@@ -170,8 +176,11 @@ def plot(found: Mapping[str, Any], title: str) -> bytes:
         axes.plot(
             [cost, cost], [estimate["low"] or estimate["value"], estimate["high"] or estimate["value"]], color="#9aa5b1", lw=1
         )
-        axes.plot(cost, estimate["value"], "o", color="#1f5fa8", ms=5, label=f"{number}  {cell['name']}")
-        axes.annotate(str(number), (cost, estimate["value"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        colour = "#1f5fa8" if cell["cot"] == "off" else "#c2570c"
+        axes.plot(cost, estimate["value"], "o", color=colour, ms=5, label=f"{number}  {cell['name']}")
+        axes.annotate(
+            str(number), (cost, estimate["value"]), xytext=(4, 3 + 9 * (number % 3)), textcoords="offset points", fontsize=8
+        )
     for result, style in zip(found["baselines"], ("--", ":", "-."), strict=False):
         value = result["metrics"]["accuracy_all"]["value"]
         if value is not None:

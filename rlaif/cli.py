@@ -134,11 +134,12 @@ def _label_together(
     names = ensemble.names_of(labelers)
     folder = out.with_name(out.name + ".labelers")
     jobs = []
+    sides = labelers[0].seed  # the same for all, or their labels would be about different sides
     for name, labeler in zip(names, labelers, strict=True):
-        items = reading.comparisons(data, labeler.seed)
+        items = reading.comparisons(data, sides)
         jobs.append((Job(data, folder / f"{name}.jsonl", items, labeler.pairwise(), reading.facts(), name), labeler))
         if calibration:
-            items = Reading(mapping=reading.mapping).comparisons(calibration, labeler.seed)
+            items = Reading(mapping=reading.mapping).comparisons(calibration, sides)
             path = folder / f"{name}.calibration.jsonl"
             jobs.append((Job(calibration, path, items, labeler.pairwise(), {}, f"{name}, calibration"), labeler))
     folder.mkdir(exist_ok=True)
@@ -193,6 +194,8 @@ def score(
     from rlaif.data import responses
     from rlaif.job import Job
 
+    if judging.template:
+        raise UsageError("--template goes with comparisons; rlaif score rates by --attribute NAME")
     labeler = judging.one(attributes=_weights(attribute))
     columns = reading.columns
     job = Job(
@@ -272,6 +275,9 @@ def align(
     outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Labelled files; several make a leaderboard.")],
     human: Annotated[str, typer.Option(metavar="COLUMN", help="Human labels: a|b|tie, 0|1|2 (0 a tie), or a list of votes.")],
     column: Annotated[str, typer.Option("--label", metavar="COLUMN", help="The labels to measure.")] = "label",
+    by: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Measure each principle, labeler, order, or a column's each value.")
+    ] = None,
     human_values: HumanValues = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
@@ -286,13 +292,49 @@ def align(
     for name, rows in files.items():
         if not rows:
             raise UsageError(f"{name}: no rows")
+    if by:
+        if len(outs) > 1:
+            raise UsageError("--by takes one OUT")
+        found = agreement.leaderboard_by(files[outs[0]], by, human, column, resamples, seed, values)
+        print(json.dumps(found, indent=2) if as_json else tables.grouped(found, by))
+        return
     results = agreement.leaderboard(files, human, column, resamples=resamples, seed=seed, values=values)
     print(json.dumps(results, indent=2) if as_json else tables.render(results, human))
 
 
 @app.command()
-def pairs(
+def calibrate(
     labelled: Annotated[str, typer.Argument(metavar="OUT", help="A labelled file.")],
+    human: Annotated[str, typer.Option(metavar="COLUMN", help="Human labels: a|b|tie, 0|1|2 (0 a tie), or a list of votes.")],
+    human_values: HumanValues = None,
+    holdout: Annotated[float, typer.Option(help="Share of the prompts to measure on, and not to fit on.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the parts and of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="LABELER.yaml", help="Write the calibrated labeler here.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Fit soft labels to human ones (a temperature and a position bias), and measure that on prompts held out."""
+    from rlaif.evaluate import calibration, tables
+
+    values = pairs_of(human_values.split(","), "--human-values") if human_values else None
+    source = Path(labelled)
+    rows = labelled_rows(labelled)
+    settings = calibration.labeler_settings(source, out) if out else {}
+    weights = calibration.principle_weights(source)
+    made = calibration.calibrate(rows, human, holdout, seed, resamples, values, weights)
+    if out:
+        calibration.write_labeler(out, settings, made, human)
+    found = made.as_dict()
+    print(json.dumps(found, indent=2) if as_json else tables.calibrated(found, human))
+    if out and not as_json:
+        print(f"{out}: the calibrated labeler; apply it with: rlaif label DATA -o OUT --labeler {out}")
+
+
+@app.command()
+def pairs(
+    labelled: Annotated[str, typer.Argument(metavar="OUT", help="A labelled or a ranked file.")],
     train: Annotated[Path, typer.Option("-o", "--out", help="Where to: .jsonl, .jsonl.gz or .parquet.")],
     min_confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="The least P(chosen is better).")] = 0.5,
     hard: Annotated[bool, typer.Option("--hard", help="Soft labels of 1; ties are left out.")] = False,
@@ -306,7 +348,7 @@ def pairs(
     check_output(train)
     if train.resolve() == Path(labelled).resolve():
         raise UsageError(f"{train}: the training set would overwrite the labelled file")
-    rows = labelled_rows(labelled)
+    rows = labelled_rows(labelled, or_ranked=True)
     settings = PairSettings(min_confidence, hard, drop_ties, form is Form.conversational)
     made = list(training_pairs(rows, settings))
     dropped = ", ".join(f"{count} {reason}" for reason, count in settings.dropped.items())
@@ -314,6 +356,24 @@ def pairs(
         raise RlaifError(f"{labelled}: no row gives a pair ({dropped})")
     write_rows(train, lambda: made)
     print(f"{train}: {len(made)} pairs of {len(rows)} rows" + (f"; left out: {dropped}" if dropped else ""))
+
+
+@app.command()
+def report(
+    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Labelled files; several are labelers of the same rows.")],
+    page: Annotated[Path, typer.Option("-o", "--out", help="Where to: .html.")],
+    human: Annotated[str | None, typer.Option(metavar="COLUMN", help="Human labels, as for `rlaif align`.")] = None,
+    human_values: HumanValues = None,
+    title: Annotated[str | None, typer.Option(help="The page's heading.")] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="The most rows to list; failed and wrong ones come first.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the rows that are drawn.")] = 0,
+) -> None:
+    """Write one HTML page about labelled files: agreement with humans, plots, cost, and every row with its votes."""
+    from rlaif.report import write_report
+
+    values = pairs_of(human_values.split(","), "--human-values") if human_values else None
+    listing = write_report(outs, page, human, values, title, max_rows, seed)
+    print(f"{page}: {listing.rows} of {listing.total} rows listed")
 
 
 @app.command()

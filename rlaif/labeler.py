@@ -136,10 +136,9 @@ class Labeler(YamlFile):
         )
 
     def rater(self) -> Rater:
-        """What rates responses. Raises: as `pairwise` does."""
+        """What rates responses, by `attributes`; what only comparisons know has no part in it. Raises: as `pairwise` does."""
         from rlaif.label.rating import Rater
 
-        self._refuse("score", shots=self.shots, cot_clamp=self.cot_clamp, template=self.template)
         attributes = self.attributes or {"constitution" if self.constitution else "overall": 1.0}
         loaded = [(name, load_template(name, "rating"), weight) for name, weight in attributes.items()]
         return Rater(tuple(loaded), self.asking, self.bench)
@@ -150,7 +149,9 @@ class Labeler(YamlFile):
 
         if method != "listwise":
             return (Pairs if method == "pairs" else Tournament)(self.pairwise())
-        self._refuse("rank --method listwise", shots=self.shots, cot_clamp=self.cot_clamp, calibration=self.calibration)
+        for name in ("shots", "cot_clamp", "calibration"):
+            if getattr(self, name):
+                raise UsageError(f"--method listwise has no use for {name.replace('_', '-')}, which goes with comparisons")
         return Listwise(self.template_of("ranking"), self.asking, self.both_orders, self.bench)
 
     def _shots(self, template: Template) -> Shots | None:
@@ -160,12 +161,6 @@ class Labeler(YamlFile):
         if name is None:
             raise UsageError(f"--shots {self.shots}: the template {template.name} names no exemplars: give --exemplars")
         return Shots(load_exemplars(name), self.shots, self.choose, self.seed)
-
-    def _refuse(self, command: str, **settings: Any) -> None:
-        """What a command has no use for must not be taken in silence."""
-        for name, value in settings.items():
-            if value:
-                raise UsageError(f"rlaif {command} has no use for {name.replace('_', '-')}, which goes with comparisons")
 
 
 def load_labeler(name: str) -> Labeler:

@@ -43,7 +43,7 @@ class PairwiseLabeler:
 
     `both_orders` asks with the responses in either order and averages, which cancels a labeler's preference for a position.
     `bench` are the principles to judge by, for a template that asks by a `principle`; their soft labels are averaged.
-    `clamp` bounds each vote's soft label, as constitutional AI does with chain of thought (arXiv 2212.08073, §4.1).
+    `clamp` bounds each vote's soft label, as constitutional AI does with chain of thought (arXiv 2212.08073, §4).
 
     Raises: UsageError for settings that do not go together.
     """
@@ -93,7 +93,7 @@ class PairwiseLabeler:
     async def __call__(self, item: Item, ask: Ask) -> Row:
         """The preference for one comparison: the columns that `reserved` names; `soft_label` is P(A is better)."""
         row = item.row
-        drawn = digest([row["prompt"], sorted([row["response_a"], row["response_b"]])])  # the same for swapped responses
+        drawn = digest([row["prompt"], [row["response_a"], row["response_b"]]])  # the same for swapped responses
         bench = self.bench.sit(drawn) if self.bench else [(None, 1.0)]
         orders: tuple[Order, ...] = ("ab", "ba") if self.both_orders else ("ab",)
         votes = await asyncio.gather(

@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -67,7 +67,7 @@ class Pairs:
 
 
 class Tournament(Pairs):
-    """A single-elimination tournament as in SLiC-HF (arXiv 2305.10425, §3.2): n−1 comparisons.
+    """A single-elimination tournament as in SLiC-HF (arXiv 2305.10425): n−1 comparisons.
 
     The bracket is drawn by the labeler's seed and the row; where a round has an odd number, one goes on unopposed. A draw is
     decided by lot. The ranking is by the round that a response got to, then by its score; `pairs` are the n−1 that were
@@ -134,7 +134,7 @@ class Listwise:
 
     async def __call__(self, item: Item, ask: Ask) -> Row:
         texts = item.row["responses"]
-        bench = self.bench.sit(digest([item.row["prompt"], texts])) if self.bench else [(None, 1.0)]
+        bench = self.bench.sit(digest([item.row["prompt"], sorted(texts)])) if self.bench else [(None, 1.0)]
         # Which way round comes first depends on the responses, not on their places in the row.
         forward = sorted(range(len(texts)), key=lambda n: digest([self.asking.seed, texts[n]]))
         orders = [forward, forward[::-1]] if self.both_orders else [list(range(len(texts)))]
@@ -158,7 +158,8 @@ class Listwise:
         values["principle"] = principle.preference if principle else None
         planted = [qualities[n] for n in order] if qualities else None
         hint = {"texts": texts, "qualities": planted, "aspect": name, "ranks": True}
-        judge = Judge(self.template, self.asking, lambda _: None, lambda text: parse_ranking(text, len(texts)))
+        asking = replace(self.asking, answer_tokens=self.asking.answer_tokens + 8 * len(texts))
+        judge = Judge(self.template, asking, lambda _: None, lambda text: parse_ranking(text, len(texts)))
         worse = self.template.asks_for == "worse"
         votes = []
         for answer in await judge.answers(values, hint, ask):
@@ -252,10 +253,13 @@ def parse_ranking(text: str, count: int) -> list[int] | None:
 
 LEAD = re.compile(r"^(?:the |my )?(?:final )?(?:ranking|order)\W{0,3}(?:is\b)?\W{0,3}", re.IGNORECASE)
 
+NAMED = re.compile(r"[^\w=<.−-]*(?:response[\W_]?)?#?(\d+)[^\w=<]*", re.IGNORECASE)
+"""One response's number in whatever dress; `=`, `<` and a minus sign are none."""
+
 
 def _order(line: str, count: int) -> list[int] | None:
     bare = LEAD.sub("", line.strip(" \t*_`'\"()."))
-    parts = [re.fullmatch(r"\W*(?:response\W?)?#?(\d+)\W*", part, re.I) for part in re.split(r"[>,]|\bthen\b", bare)]
+    parts = [NAMED.fullmatch(part) for part in re.split(r"[>,]|\bthen\b", bare)]
     numbers = [int(part[1]) - 1 for part in parts if part]
     return numbers if len(numbers) == len(parts) and sorted(numbers) == list(range(count)) else None
 
