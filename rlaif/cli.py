@@ -133,6 +133,10 @@ def _label_together(
     check_output(out)
     names = ensemble.names_of(labelers)
     folder = out.with_name(out.name + ".labelers")
+    if out.exists() and out.resolve() == Path(data).resolve():
+        raise UsageError(f"{out}: the output is the input")
+    if out.exists() and not folder.is_dir():
+        raise UsageError(f"{out} is there already, and no {folder.name} beside it that could be continued: choose another -o")
     jobs = []
     sides = labelers[0].seed  # the same for all, or their labels would be about different sides
     for name, labeler in zip(names, labelers, strict=True):

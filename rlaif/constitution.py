@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class Bench:
         if self.choice == "all":
             return [(p, p.weight) for p in principles]
         draw = random.Random(digest([self.seed, "principles", row]))
-        ranked = sorted(principles, key=lambda p: draw.random() ** (1 / p.weight), reverse=True)
+        # Their u^(1/w) by its logarithm, for small weights would make it 0.
+        ranked = sorted(principles, key=lambda p: math.log(draw.random() or math.ulp(0.0)) / p.weight, reverse=True)
         return [(p, 1.0) for p in ranked[: 1 if self.choice == "one" else self.choice]]
 
     def settings(self) -> dict[str, object]:
@@ -98,4 +100,7 @@ def write_example(path: Path) -> None:
     """Copy the short example constitution to `path`, to begin one's own with."""
     if path.exists():
         raise UsageError(f"{path} is there already")
-    path.write_text(named("constitutions", "example").read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        path.write_text(named("constitutions", "example").read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written: {error.strerror or error}") from error

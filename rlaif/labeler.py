@@ -60,6 +60,13 @@ class Labeler(YamlFile):
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # as YAML reads an unquoted off
 
+    @field_validator("principles", mode="before")
+    @classmethod
+    def _counted(cls, value: Any) -> Any:
+        if value in ("one", "all") or (type(value) is int and value > 0):
+            return value
+        raise ValueError(f"one, all or a number above 0, not {value}")
+
     @field_validator("engine")
     @classmethod
     def _known(cls, name: str) -> str:

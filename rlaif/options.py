@@ -258,15 +258,23 @@ def scalar(text: str) -> Any:
     return value if isinstance(value, bool | int | float) else text
 
 
-def labelled_rows(name: str) -> list[Row]:
-    """Rows of an output of `rlaif label`. Raises: UsageError naming the place of what is none."""
-    from rlaif.data import read_rows
+def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
+    """Rows of an output of `rlaif label`, or else of `rlaif rank` where that will do.
 
-    rows = []
+    Raises: UsageError naming the place of what is none, or of another kind than the rows before it.
+    """
+    from rlaif.data import read_rows
+    from rlaif.pairs import COMPARED, RANKED, is_ranked
+
+    made_by = "`rlaif label` or `rlaif rank`" if or_ranked else "`rlaif label`"
+    rows: list[Row] = []
     for where, row in read_rows(name):
-        for column in ("id", "prompt", "response_a", "response_b", "status", "soft_label", "label"):
+        ranked = or_ranked and is_ranked(row)
+        if or_ranked and rows and ranked != is_ranked(rows[0]):
+            raise UsageError(f"{where}: {('a comparison', 'a ranking')[ranked]}, unlike the rows before it")
+        for column in RANKED if ranked else COMPARED:
             if column not in row:
-                raise UsageError(f"{where}: no column '{column}'; is this an output of `rlaif label`?")
+                raise UsageError(f"{where}: no column '{column}'; is this an output of {made_by}?")
         rows.append(row)
     if not rows:
         raise UsageError(f"{name}: no rows")

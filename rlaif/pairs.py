@@ -1,4 +1,4 @@
-"""Training sets from labelled rows, in the preference columns that TRL's trainers take."""
+"""Training sets from labelled or ranked rows, in the preference columns that TRL's trainers take."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 from rlaif.data import ASSISTANT, HUMAN, as_messages, as_text
 from rlaif.label.pairwise import hard_label
 from rlaif.records import LABELLED, Row, UsageError
+
+COMPARED = ("id", "prompt", "response_a", "response_b", "status", "soft_label", "label")
+RANKED = ("id", "prompt", "responses", "status", "pairs")
+"""Columns that a labelled row has, and those of a ranked one."""
 
 
 @dataclass
@@ -31,17 +35,45 @@ class PairSettings:
 def training_pairs(rows: Iterable[Row], settings: PairSettings) -> Iterator[Row]:
     """Pairs with `id`, `prompt`, `chosen`, `rejected`, `soft_label` (P(chosen is better), at least .5) and `margin`.
 
-    The margin is how far the labeler prefers the chosen response, 2·P − 1 of its own soft label, in [0, 1]. Rows that
-    give no pair are counted in `settings.dropped` by the reason why.
+    The margin is how far the labeler prefers the chosen response, 2·P − 1 of its own soft label, in [0, 1]. Each pair of a
+    ranked row is one, with the row's id as its `group`, for what is learnt from them must be learnt from all together
+    (InstructGPT, arXiv 2203.02155, §3.5); its `id` adds the indices of the two responses. What gives no pair is counted in
+    `settings.dropped` by the reason why.
 
     Raises: UsageError for a labelled row whose label is not that of its soft label, for then one of them is not ours.
     """
     for row in rows:
-        reason = _reason(row, settings)
-        if reason:
-            settings.dropped[reason] += 1
-            continue
-        yield _pair(row, settings)
+        ranked = is_ranked(row)
+        for comparison in _comparisons(row) if ranked else [row]:
+            reason = _reason(comparison, settings)
+            if reason:
+                settings.dropped[reason] += 1
+                continue
+            pair = _pair(comparison, settings)
+            yield {"id": pair["id"], "group": row["id"], **pair} if ranked else pair
+
+
+def is_ranked(row: Row) -> bool:
+    """Whether the row is one of `rlaif rank`, not of `rlaif label`."""
+    return "pairs" in row and "soft_label" not in row
+
+
+def _comparisons(row: Row) -> list[Row]:
+    """Each pair of a ranked row as a labelled row; the row itself where it failed and has none."""
+    if row["status"] not in LABELLED:
+        return [row]
+    return [_comparison(row, pair) for pair in row["pairs"]]
+
+
+def _comparison(row: Row, pair: Row) -> Row:
+    try:
+        i, j, soft = pair["chosen"], pair["rejected"], pair["soft_label"]
+        if min(i, j) < 0 or i == j or not 0.5 - 1e-9 <= soft <= 1:
+            raise ValueError
+        texts = {"prompt": row["prompt"], "response_a": row["responses"][i], "response_b": row["responses"][j]}
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise UsageError(f"row '{row['id']}': {pair} is no pair of its responses, or not with the better one chosen") from None
+    return {"id": f"{row['id']}/{i}-{j}", **texts, "status": "ok", "soft_label": soft, "label": hard_label(soft)}
 
 
 def _reason(row: Row, settings: PairSettings) -> str | None:

@@ -105,12 +105,14 @@ def in_words(error: ValidationError, content: Any) -> str:
     first = error.errors()[0]
     place: list[str] = []
     for part in first["loc"]:
+        index = isinstance(part, int) and isinstance(content, list)  # else a number that stands where a name should
         try:
             content = content[part]
         except (KeyError, IndexError, TypeError):
             content = None
-        label = content.get("name") if isinstance(part, int) and isinstance(content, dict) else None
-        place.append(f"{int(part) + 1} ({label})" if label else str(part + 1 if isinstance(part, int) else part))
+        label = content.get("name") if index and isinstance(content, dict) else None
+        number = str(int(part) + 1 if index else part)
+        place.append(f"{number} ({label})" if label else number)
     more = len(error.errors()) - 1
     words = first["msg"].removeprefix("Value error, ")
     return f"{' '.join(place)}: {words}" + (f" (and {more} more)" if more else "")

@@ -8,7 +8,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from aiohttp import web
@@ -20,6 +20,7 @@ class Server:
     """Answers a comparison with P(1) = σ(q₁ − q₂ + bias), the qualities read from `[q=…]` in the two responses shown.
 
     `fault` may answer in place of it: an async function of the request's body that returns a response, or None to go on.
+    `digits`, probabilities of the marks 1 to 10, make it answer with a rating instead; it writes `10` as the tokens `1`, `0`.
     `bodies` are all requests that came; `answered` counts the answers sent for each distinct one.
     """
 
@@ -32,6 +33,7 @@ class Server:
         self.latency = 0.0
         self.fault: Handler | None = None
         self.speak: Callable[[float], str] | None = None
+        self.digits: Sequence[float] | None = None
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.answered: Counter[str] = Counter()
@@ -97,13 +99,15 @@ class Server:
         qualities = [float(q) for q in re.findall(r"\[q=(-?[\d.]+)\]", text)[:2]]
         p = 1 / (1 + math.exp(-(qualities[0] - qualities[1] + self.bias))) if len(qualities) == 2 else 0.5
         content = self.speak(p) if self.speak else ("1" if p > 0.5 else "2")
+        top = [("1", 0.9 * p), ("2", 0.9 * (1 - p)), ("The", 0.06), ("I", 0.03)]
+        if self.digits:
+            content, top = _rating(self.digits, body["messages"][-1])
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "stop",
             "message": {"role": "assistant", "content": content},
         }
         if body.get("logprobs") and self.logprobs:
-            top = [("1", 0.9 * p), ("2", 0.9 * (1 - p)), ("The", 0.06), ("I", 0.03)]
             tokens = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in sorted(top, key=lambda x: -x[1])]
             choice["logprobs"] = {"content": [{**tokens[0], "top_logprobs": tokens[: body["top_logprobs"]]}]}
         return {
@@ -114,6 +118,16 @@ class Server:
             "choices": [choice],
             "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 1, "total_tokens": len(text) // 4 + 1},
         }
+
+
+def _rating(digits: Sequence[float], last: dict[str, str]) -> tuple[str, list[tuple[str, float]]]:
+    """The likeliest mark, and the first token's probabilities; of a turn that was begun with `1`, the next one's."""
+    one, *others, ten = digits
+    content = str(max(range(10), key=lambda n: digits[n]) + 1)
+    if last["role"] == "assistant" and last["content"].endswith("1"):
+        return content, [("0", ten / (one + ten)), ("</", one / (one + ten))]
+    marks = {"1": one + ten, **{str(n): p for n, p in enumerate(others, 2)}}
+    return content, [*((mark, 0.9 * p / sum(digits)) for mark, p in marks.items()), ("The", 0.06), ("I", 0.03)]
 
 
 def error(status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None) -> web.Response:

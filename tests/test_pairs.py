@@ -134,6 +134,83 @@ def test_both_forms_of_every_kind_of_prompt(prompt: Any, text: str, messages: li
     }
 
 
+# ------------------------------------------------------------ rankings
+
+
+def ranked_row(*pairs: tuple[int, int, float], status: str = "ok", **changes: Any) -> Row:
+    """A row of three responses as `rlaif rank` writes it; no pairs where it failed."""
+    listed = [{"chosen": i, "rejected": j, "soft_label": p} for i, j, p in pairs]
+    texts = {"id": "7", "prompt": "Q?", "responses": ["Zero.", "One.", "Two."]}
+    result = {"ranking": [2, 0, 1], "scores": [0.0, -1.0, 1.0], "pairs": listed, "cycles": 0}
+    if status not in ("ok", "tie"):
+        result = dict.fromkeys(result)
+    return {**texts, "status": status, **result, "votes": [], "error": None, **changes}
+
+
+def test_every_pair_of_a_ranking_is_a_pair_of_its_group() -> None:
+    pairs, dropped = made([ranked_row((2, 0, 0.75), (0, 1, 1.0), (2, 1, 0.875)), ranked_row((1, 0, 0.75), id="8")])
+    assert pairs[0] == {
+        "id": "7/2-0",
+        "group": "7",
+        "prompt": "Q?",
+        "chosen": "Two.",
+        "rejected": "Zero.",
+        "soft_label": 0.75,
+        "margin": 0.5,
+    }
+    assert [(p["id"], p["group"], p["chosen"], p["rejected"]) for p in pairs[1:]] == [
+        ("7/0-1", "7", "Zero.", "One."),
+        ("7/2-1", "7", "Two.", "One."),
+        ("8/1-0", "8", "One.", "Zero."),
+    ]
+    assert not dropped
+
+
+def test_the_pairs_of_a_ranking_are_left_out_one_by_one_and_a_failed_ranking_once() -> None:
+    rows = [
+        ranked_row((2, 0, 0.5), (0, 1, 0.9), (2, 1, 0.6)),
+        ranked_row((0, 1, 0.5), (0, 2, 0.5), (1, 2, 0.5), status="tie"),
+        ranked_row(status="unparsed"),
+        ranked_row(status="error", prompt=None, responses=None),
+    ]
+    failures = {"unparsed": 1, "error": 1}
+    pairs, dropped = made(rows)
+    assert [pair["id"] for pair in pairs] == ["7/2-0", "7/0-1", "7/2-1", "7/0-1", "7/0-2", "7/1-2"]
+    assert dropped == failures
+    pairs, dropped = made(rows, drop_ties=True)
+    assert [pair["id"] for pair in pairs] == ["7/0-1", "7/2-1"]
+    assert dropped == {"tie": 4, **failures}
+    pairs, dropped = made(rows, min_confidence=0.8, hard=True, conversational=True)
+    assert dropped == {"tie": 4, "below the minimum confidence": 1, **failures}
+    (pair,) = pairs
+    assert (pair["soft_label"], pair["margin"]) == (1.0, 0.8)
+    assert pair["prompt"] == [{"role": "user", "content": "Q?"}]
+    assert pair["chosen"] == [{"role": "assistant", "content": "Zero."}]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(0, 3, 0.9), (-1, 0, 0.9), (1, 1, 0.9), (0, 1, 0.4), (0, 1, 1.1), (0, 1, None), ("0", 1, 0.9), (0, 1, float("nan"))],
+)
+def test_a_pair_that_is_none_of_its_rankings_is_refused(pair: Any) -> None:
+    with pytest.raises(UsageError, match=r"row '7': .* is no pair of its responses"):
+        made([ranked_row(pair)])
+
+
+@given(softs=st.lists(st.floats(0.5, 1) | st.just(0.5), min_size=3, max_size=3), knobs=st.deferred(lambda: KNOBS))
+def test_a_ranking_gives_the_pairs_that_its_comparisons_would(softs: list[float], knobs: dict[str, Any]) -> None:
+    places = [(0, 1), (2, 0), (2, 1)]
+    texts = ["Zero.", "One.", "Two."]
+    ours, dropped = made([ranked_row(*((i, j, p) for (i, j), p in zip(places, softs, strict=True)))], **knobs)
+    compared = [
+        row(p, id=f"7/{i}-{j}", response_a=texts[i], response_b=texts[j]) for (i, j), p in zip(places, softs, strict=True)
+    ]
+    theirs, also_dropped = made(compared, **knobs)
+    assert [{k: v for k, v in pair.items() if k != "group"} for pair in ours] == theirs
+    assert {pair["group"] for pair in ours} <= {"7"}
+    assert dropped == also_dropped
+
+
 # ------------------------------------------------------------ properties
 
 SOFT = st.floats(0, 1) | st.sampled_from([0.0, 0.5, 1.0, 0.5 - 1e-12, 0.5 + 1e-12])
@@ -202,6 +279,47 @@ def test_the_command_counts_what_it_leaves_out(labelled: Path, args: tuple[str, 
     pairs = read_jsonl(train)
     assert [pair["id"] for pair in pairs] == ids
     assert all(set(pair) == {"id", "prompt", "chosen", "rejected", "soft_label", "margin"} for pair in pairs)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_the_command_takes_a_ranked_file_of_rlaifs_own(tmp_path: Path, ending: str) -> None:
+    lists = [
+        {"prompt": f"p{n}", "responses": [f"r{n}.{m}" for m in range(3)], "qualities": [0.1 * n, 1.0, -1.0]} for n in range(6)
+    ]
+    path, ranked, train = write_jsonl(tmp_path / "d.jsonl", lists), tmp_path / f"o{ending}", tmp_path / "t.jsonl"
+    assert cli("rank", path, "-o", ranked, "--engine", "mock", "-E", "garbage=0.1", "-E", "seed=1").returncode == 0
+    report = json.loads((tmp_path / f"o{ending}.run.json").read_text())
+    good, failed = report["statuses"]["ok"], report["statuses"]["unparsed"]
+    assert min(good, failed) > 0
+    done = cli("pairs", ranked, "-o", train)
+    assert (done.returncode, done.stdout) == (0, f"{train}: {3 * good} pairs of 6 rows; left out: {failed} unparsed\n")
+    pairs = read_jsonl(train)
+    assert all(list(pair) == ["id", "group", "prompt", "chosen", "rejected", "soft_label", "margin"] for pair in pairs)
+    assert set(Counter(pair["group"] for pair in pairs).values()) == {3}
+    for pair in pairs:
+        given = lists[int(pair["group"])]
+        chosen, rejected = (given["responses"].index(pair[name]) for name in ("chosen", "rejected"))
+        assert pair["id"] == f"{pair['group']}/{chosen}-{rejected}"
+        assert pair["prompt"] == given["prompt"]
+        assert given["qualities"][chosen] > given["qualities"][rejected]
+
+
+@pytest.mark.parametrize("ranked_first", [True, False])
+def test_comparisons_and_rankings_in_one_file_are_refused(tmp_path: Path, ranked_first: bool) -> None:
+    rows = [row(0.9), row(0.9), ranked_row((0, 1, 0.9))]
+    path = write_jsonl(tmp_path / "o.jsonl", rows[::-1] if ranked_first else rows)
+    done = cli("pairs", path, "-o", tmp_path / "t.jsonl")
+    kind, line = ("a comparison", 2) if ranked_first else ("a ranking", 3)
+    assert done.returncode == 2
+    assert done.stderr == f"rlaif: {path} line {line}: {kind}, unlike the rows before it\n"
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_ranked_file_without_a_column_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "o.jsonl", [{k: v for k, v in ranked_row().items() if k != "responses"}])
+    done = cli("pairs", path, "-o", tmp_path / "t.jsonl")
+    assert done.returncode == 2
+    assert "line 1: no column 'responses'; is this an output of `rlaif label` or `rlaif rank`?" in done.stderr
 
 
 def test_no_pair_at_all_is_an_error_and_writes_nothing(tmp_path: Path) -> None:

@@ -92,7 +92,9 @@ async def whole_choices(
         return first
     logprobs = dict(first.logprobs)
     read, written, cost = first.prompt_tokens, first.completion_tokens, first.cost
-    for start in sorted(set(split.values()) & set(logprobs)):
+    for start in sorted(set(split.values())):  # `1` before `10`, which `100` begins with
+        if start not in logprobs:
+            continue
         tails = {choice[len(start) :]: choice for choice, own in split.items() if own == start}
         more = await complete(replace(request, prefix=request.prefix + start, choices=tuple(tails)))
         read, written = read + more.prompt_tokens, written + more.completion_tokens

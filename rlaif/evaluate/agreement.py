@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import krippendorff
 import numpy as np
@@ -23,12 +23,13 @@ from sklearn import config_context
 from sklearn.metrics import brier_score_loss, cohen_kappa_score
 from statsmodels.stats.inter_rater import fleiss_kappa
 
-from rlaif.label.pairwise import hard_label
+from rlaif.label.pairwise import combine, hard_label
 from rlaif.records import LABELLED, STATUSES, Label, Row, UsageError
 
 Votes = list[Label | None]
 """One row's human votes; None is a vote that is missing."""
 
+Key = TypeVar("Key")
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -44,6 +45,12 @@ EDGES = np.arange(10, 21) / 20
 
 MAX_PAIRED_RATERS = 6
 """Up to so many raters, each pair of them gets a kappa."""
+
+VOTE_FIELDS = ("principle", "labeler", "order")
+"""What a vote may tell of whose it is: rows are split by these through their votes, by anything else as a column."""
+
+VOTE_KEYS = ("order", "status", "soft_label", "logprobs", "error")
+"""What every vote tells."""
 
 
 # ---------------------------------------------------------------- results
@@ -132,7 +139,10 @@ def align(
     Raises: UsageError naming the row and column for a value that is none of the allowed, for a missing column, for
     human labels that are ambiguous or all missing.
     """
-    votes = human_votes(rows, human_column, values)
+    return _aligned(rows, human_votes(rows, human_column, values), label_column, resamples, seed, name)
+
+
+def _aligned(rows: Sequence[Row], votes: Sequence[Votes], label_column: str, resamples: int, seed: int, name: str) -> Alignment:
     sample = sample_of(rows, votes, label_column)
     statuses = Counter(str(row["status"]) for row in rows if "status" in row) if label_column == "label" else Counter()
     measures = {f"labeler {key}": s for key, s in statistics(sample).items()}
@@ -211,9 +221,121 @@ def _baseline(name: str, sample: Sample, resamples: int, seed: int) -> Alignment
     return Alignment(name, True, _counts(sample, {}), found, {}, [])
 
 
+# ---------------------------------------------------------------- groups
+
+
+def split_votes(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
+    """The rows as each single principle, labeler or order judges them, by name, in the order in which names come first.
+
+    For one of `VOTE_FIELDS`: all the rows, each with the columns that `combine` makes of that name's votes alone. Principles
+    count alike there, and soft labels are raw: a row tells neither weights nor calibration. A row without a vote of the name
+    was not judged by it: status `error`, no label, no votes. For any other field, which is a column: the rows that hold a
+    value, as they are, by its text (`null` where there is none).
+
+    Raises: UsageError where no vote tells the field, there is no such column, or as `check_votes` does.
+    """
+    if field not in VOTE_FIELDS:
+        _require(rows, field)
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(_group(row, field), []).append(row)
+        return groups
+    check_votes(rows)
+    told = (vote.get(field) for row in rows for vote in row.get("votes") or ())
+    names = list(dict.fromkeys(str(name) for name in told if name is not None))
+    if not names:
+        raise UsageError(f"no vote in these rows tells its {field}: there is nothing to split by")
+    return {name: [_judged_by(row, field, name) for row in rows] for name in names}
+
+
+def _group(row: Row, column: str) -> str:
+    text = _text(row.get(column))
+    return "null" if text is None else text
+
+
+def check_votes(rows: Sequence[Row]) -> None:
+    """Raises: UsageError naming the first row with a vote that `rlaif label` did not make, for such cannot be combined."""
+    for number, row in enumerate(rows, 1):
+        votes = row.get("votes") or []
+        if not isinstance(votes, list) or not all(isinstance(vote, dict) and vote.keys() >= set(VOTE_KEYS) for vote in votes):
+            raise UsageError(f"row {number}, column 'votes': not the votes of `rlaif label`, which tell {', '.join(VOTE_KEYS)}")
+        for vote in votes:
+            if not _failed(vote):
+                _require_probability(vote["soft_label"], number, "votes")
+
+
+def _judged_by(row: Row, field: str, name: str) -> Row:
+    votes = [vote for vote in row.get("votes") or () if vote.get(field) == name]
+    if votes:
+        return {**row, **combine(votes)}
+    nothing = {"soft_label": None, "label": None, "dispersion": None}
+    return {**row, "status": "error", **nothing, "votes": [], "error": f"not judged by the {field} {name}"}
+
+
+def leaderboard_by(
+    rows: Sequence[Row],
+    field: str,
+    human_column: str,
+    label_column: str = "label",
+    resamples: int = 1000,
+    seed: int = 0,
+    values: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The groups that `split_votes` makes as a `leaderboard` each (`results`), and `among` them where these share rows.
+
+    A group counts only the rows that it judged. Human labels are read from all rows at once, so that a group may have none;
+    the baselines are those of all rows. `among` is None for a column.
+
+    Raises: UsageError as `align` and `split_votes` do, and for votes split where another column than `label` is measured.
+    """
+    by_votes = field in VOTE_FIELDS
+    if by_votes and label_column != "label":
+        raise UsageError(f"by {field} goes with the labels that votes made, not with the column '{label_column}'")
+    votes = human_votes(rows, human_column, values)
+    groups = split_votes(rows, field)
+    results = baselines(rows, human_column, resamples, seed, values)
+    for name, some in groups.items():
+        judged = [bool(row["votes"]) for row in some] if by_votes else [_group(row, field) == name for row in rows]
+        humans = [row for row, inside in zip(votes, judged, strict=True) if inside]
+        members = [row for row in some if row["votes"]] if by_votes else some
+        try:
+            results.append(_aligned(members, humans, label_column, resamples, seed, name))
+        except UsageError as error:
+            raise UsageError(f"{field} {name}: {error}") from error
+    found = [result.as_dict() for result in sorted(results, key=_rank)]
+    return {"results": found, "among": among(groups, resamples, seed) if by_votes else None}
+
+
 def among(named: Mapping[str, Sequence[Row]], resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """How far labelers (or principles) agree with one another; stub to be replaced."""
-    raise NotImplementedError
+    """How far labelers (or principles, or orders) agree with one another on the same rows, each figure as `Estimate`'s dict.
+
+    `alpha` is Krippendorff's nominal alpha of all of them, of rows with two or more labels. Each of `pairs` has the share of
+    equal labels (`agreement`) and Cohen's `kappa`, of rows that both have labelled. A tie is a third label.
+
+    Raises: UsageError where they do not have the same rows in the same order.
+    """
+    names = list(named)
+    rows = named[names[0]]
+    for name in names[1:]:
+        if [_identity(row) for row in named[name]] != [_identity(row) for row in rows]:
+            raise UsageError(f"{names[0]} and {name} do not have the same rows in the same order: they cannot be compared")
+    labels = {name: _codes(_labels(some, "label")) for name, some in named.items()}
+    measures = {("alpha", "", ""): _alpha(np.sum([_one_hot(codes) for codes in labels.values()], axis=0))}
+    for first, second in combinations(names, 2):
+        ours, theirs = labels[first], labels[second]
+        measures["agreement", first, second] = _share(ours == theirs, (ours != NONE) & (theirs != NONE))
+        measures["kappa", first, second] = _kappa(ours, theirs)
+    found = estimates(measures, _prompt_numbers(rows), resamples, seed)
+    plain = {key: asdict(estimate) for key, estimate in found.items()}
+    pairs = [
+        {"first": first, "second": second, **{kind: plain[kind, first, second] for kind in ("agreement", "kappa")}}
+        for first, second in combinations(names, 2)
+    ]
+    return {"names": names, "alpha": plain["alpha", "", ""], "pairs": pairs}
+
+
+def _identity(row: Row) -> list[Any]:
+    return [row.get(column) for column in ("id", "prompt", "response_a", "response_b")]
 
 
 # ---------------------------------------------------------------- reading
@@ -371,9 +493,13 @@ def _soft(row: Row, number: int) -> float:
     soft = row.get("soft_label")
     if soft is None or _failed(row):
         return math.nan
-    if isinstance(soft, bool) or not isinstance(soft, int | float) or not 0 <= soft <= 1:
-        raise UsageError(f"row {number}, column 'soft_label': {soft!r} is not a probability")
-    return float(soft)
+    return _require_probability(soft, number, "soft_label")
+
+
+def _require_probability(value: Any, number: int, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UsageError(f"row {number}, column '{column}': {value!r} is not a probability")
+    return float(value)
 
 
 def _longer(row: Row) -> int:
@@ -459,7 +585,6 @@ def statistics(sample: Sample) -> dict[str, Statistic]:
     labelled, judged, binary = labels != NONE, human != NONE, (human == A) | (human == B)
     right = labels == human
     decided = binary & ((labels == A) | (labels == B)) & ((longer == A) | (longer == B))
-    own = np.eye(3, dtype=np.int64)[labels] * labelled[:, None]  # the label as one more vote; where there is none, none
     longer_labeler, longer_human = _share(labels == longer, decided), _share(human == longer, decided)
     return {
         "accuracy": _share(right, labelled & judged),
@@ -467,7 +592,7 @@ def statistics(sample: Sample) -> dict[str, Statistic]:
         "accuracy_no_ties": _share(right, labelled & binary),
         "coverage": _share(labelled, np.ones_like(labelled)),
         "kappa": _kappa(labels, human),
-        "alpha": _alpha(sample.votes + own),
+        "alpha": _alpha(sample.votes + _one_hot(labels)),  # the label as one more vote
         "brier": _brier(sample),
         "ece": _ece(sample),
         "position_bias": _share(sample.position > 0, sample.position != NONE),
@@ -522,6 +647,12 @@ def calibration(sample: Sample) -> list[Bin]:
 def _share(hits: Bools, among: Bools) -> Statistic:
     rows, hit = np.flatnonzero(among), np.flatnonzero(hits & among)
     return Statistic(len(rows), lambda w: _ratio(float(w[hit].sum()), float(w[rows].sum())))
+
+
+def _one_hot(labels: Ints) -> Ints:
+    """Each label as one vote; where there is none, none."""
+    table: Ints = np.eye(3, dtype=np.int64)[labels] * (labels != NONE)[:, None]
+    return table
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -603,7 +734,7 @@ def _confidences(sample: Sample) -> tuple[Ints, Floats, Floats, Ints]:
 # ---------------------------------------------------------------- intervals
 
 
-def estimates(statistics: Mapping[str, Statistic], prompts: Ints, resamples: int, seed: int) -> dict[str, Estimate]:
+def estimates(statistics: Mapping[Key, Statistic], prompts: Ints, resamples: int, seed: int) -> dict[Key, Estimate]:
     """Every statistic of all rows, with the 2.5th and 97.5th percentile of its values over resamples of the prompts.
 
     All statistics see the same resamples, and so do labelers whose rows have the same prompts in the same order.

@@ -34,6 +34,21 @@ HUMAN = {
     "fleiss": ("humans: Fleiss' kappa", "Fleiss' kappa, of rows with every vote"),
 }
 
+FITTED = {
+    "temperature": ("temperature", "above 1: the labeler was too sure"),
+    "position_bias": ("position bias", "log-odds for the response shown first"),
+}
+CALIBRATED = {
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "nll": "log loss (nats)",
+    "accuracy": "accuracy",
+}
+PARTS = ("before", "after", "change")
+
+MATRIX, EXTREMES = 8, 10
+"""Up to so many labelers, each pair's kappa is shown; of more, so many of the lowest and of the highest."""
+
 LEGEND = (
     "accuracy, all: rows with a reference label (n) that got the same label; no label is a wrong one. kappa: beyond chance. "
     "Brier, ECE: of soft labels. position: same position preferred in both orders. coverage: rows that got a label.",
@@ -64,10 +79,11 @@ def detail(result: Mapping[str, Any], column: str, width: int = 100) -> str:
     return "\n".join([*heading, "", _text(table, width)])
 
 
-def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
-    """Labelers and baselines, best first, with a word on rows that differ between labelers."""
-    table = _table("labeler", "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
-    names = _names([result["name"] for result in results])
+def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100, what: str = "labeler") -> str:
+    """Labelers (files, or groups by `what`) and baselines, best first, with a word on rows that differ between labelers."""
+    table = _table(what, "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
+    names = [result["name"] for result in results]
+    names = _names(names) if what == "labeler" else names
     for result, name in zip(results, names, strict=True):
         metrics = result["metrics"]
         others = (_number(metrics[name]["value"]) for name in ("kappa", "brier", "ece", "position_bias", "coverage"))
@@ -75,8 +91,64 @@ def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
 
 
+def grouped(found: Mapping[str, Any], field: str, width: int = 100) -> str:
+    """What `agreement.leaderboard_by` found: the groups' leaderboard, then how far they agree, where they share rows."""
+    parts = [leaderboard(found["results"], width, field)]
+    return "\n\n".join([*parts, among(found["among"], f"{field}s", width)] if found["among"] else parts)
+
+
 def among(found: Mapping[str, Any], what: str, width: int = 100) -> str:
-    raise NotImplementedError
+    """What `agreement.among` found of `what` (a plural): alpha, and the kappa of each pair, of many the extremes."""
+    alpha, count = found["alpha"], len(found["names"])
+    if not alpha["n"]:
+        return fill(f"agreement among {count} {what}: no row has labels of two of them", width)
+    value, interval, rows = _cells(alpha)
+    lead = f"agreement among {count} {what}: Krippendorff's alpha {value} (95 % interval {interval}) of {rows} rows"
+    table = _matrix(found) if count <= MATRIX else _extremes(found)
+    note = "Cohen's kappa of each pair, beyond chance (0 chance, 1 full); –: undefined." + (
+        f" The {EXTREMES} pairs that agree least and the {EXTREMES} that agree most." if count > MATRIX else ""
+    )
+    return "\n".join([fill(lead, width), "", _text(table, width), "", fill(note, width)])
+
+
+def _matrix(found: Mapping[str, Any]) -> Table:
+    names = found["names"]
+    kappas = {frozenset((pair["first"], pair["second"])): _number(pair["kappa"]["value"]) for pair in found["pairs"]}
+    table = _table("kappa", *(str(number) for number in range(1, len(names) + 1)))
+    for number, name in enumerate(names, 1):
+        table.add_row(f"{number} {name}", *(kappas.get(frozenset((name, other)), "") for other in names))
+    return table
+
+
+def _extremes(found: Mapping[str, Any]) -> Table:
+    """The pairs with the lowest kappa, then those with the highest; each once, where there are few."""
+    known = [pair for pair in found["pairs"] if pair["kappa"]["value"] is not None]
+    ranked = sorted(known, key=lambda pair: pair["kappa"]["value"])
+    table = _table("pair", "kappa", "95 % interval", "n", "same label")
+    for pair in [*ranked[:EXTREMES], *ranked[max(EXTREMES, len(ranked) - EXTREMES) :]]:
+        same = _number(pair["agreement"]["value"])
+        table.add_row(f"{pair['first']}, {pair['second']}", *_cells(pair["kappa"]), same)
+    return table
+
+
+def calibrated(found: Mapping[str, Any], column: str, width: int = 100) -> str:
+    """What `calibration.calibrate` found: the fitted values, then the held-out part's metrics before and after."""
+    rows, fit, test = found["rows"], found["fit"], found["test"]
+    lines = [
+        f"reference, column '{column}': {fit['rows'] + test['rows']} of {rows['all']} rows count; left out: "
+        f"{rows['no_reference']} whose reference is not a or b, {rows['no_label']} others without a label",
+        f"fitted on {fit['rows']} rows of {fit['prompts']} prompts, measured on {test['rows']} rows of {test['prompts']} "
+        "others; intervals by resampling prompts",
+    ]
+    fitted = _table("", "value", "95 % interval", says=True)
+    for name, (title, says) in FITTED.items():
+        fitted.add_row(title, *_cells(found[name])[:2], says)
+    table = _table("held-out part", *(title for part in PARTS for title in (part, "95 % interval")))
+    for name, title in CALIBRATED.items():
+        table.add_row(title, *(cell for part in PARTS for cell in _cells(found["metrics"][part][name])[:2]))
+    tail = [f"note: {note}" for note in found["notes"]]
+    text = [fill(line, width, subsequent_indent="  ") for line in (*lines, *tail)]
+    return "\n".join([*text[:2], "", _text(fitted, width), "", _text(table, width), *([""] if tail else []), *text[2:]])
 
 
 def ablation(found: Mapping[str, Any], width: int = 200) -> str:

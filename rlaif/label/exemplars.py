@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -20,7 +21,7 @@ Choose = Literal["fixed", "random", "nearest"]
 class Exemplar(BaseModel):
     """A comparison with its verdict; in the rationale, {better} and {worse} stand for the names the responses are shown by."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
     prompt: str = Field(min_length=1)
     better: str = Field(min_length=1)
@@ -32,7 +33,7 @@ class Exemplar(BaseModel):
     def _names_both(cls, text: str) -> str:
         if "{better}" not in text or "{worse}" not in text:
             raise ValueError("must name both {better} and {worse}, for their sides change")
-        return text.strip()
+        return text
 
 
 class Exemplars(YamlFile):
@@ -67,7 +68,7 @@ class Shots:
 
     def choose(self, prompt: str, row: str, template: Template, cot: str) -> list[dict[str, str]]:
         """The exemplars for a row of this prompt and digest: prompt, response_1, response_2, choice, rationale."""
-        others = [e for e in self.file.exemplars if e.prompt.strip() != prompt.strip()]
+        others = [e for e in self.file.exemplars if e.prompt != prompt.strip()]
         draw = random.Random(digest([self.seed, "shots", None if self.how == "fixed" else row]))
         if self.how == "nearest":
             alike = self._likeness(prompt)
@@ -90,8 +91,13 @@ class Shots:
     def _index(self) -> tuple[Any, Any]:
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(sublinear_tf=True)
+        vectorizer = TfidfVectorizer(sublinear_tf=True, analyzer=_words)
         return vectorizer, vectorizer.fit_transform([e.prompt for e in self.file.exemplars])
+
+
+def _words(text: str) -> list[str]:
+    """What likeness is counted by: words of two characters or more; the characters of a prompt that has none."""
+    return re.findall(r"\w\w+", text.lower()) or re.findall(r"\S", text)
 
 
 def shown(exemplar: Exemplar, better_first: bool, template: Template, cot: str) -> dict[str, str]:
@@ -100,9 +106,9 @@ def shown(exemplar: Exemplar, better_first: bool, template: Template, cot: str) 
     better, worse = ("Response 1", "Response 2") if better_first else ("Response 2", "Response 1")
     rationale = exemplar.rationale.replace("{better}", better).replace("{worse}", worse)
     return {
-        "prompt": exemplar.prompt.strip(),
-        "response_1": first.strip(),
-        "response_2": second.strip(),
+        "prompt": exemplar.prompt,
+        "response_1": first,
+        "response_2": second,
         "choice": template.choices[0 if better_first == (template.asks_for == "better") else 1],
         "rationale": rationale if cot != "off" else "",
     }

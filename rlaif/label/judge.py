@@ -46,7 +46,7 @@ class Asking:
 
     cot: `off`; `two-call` as in the RLAIF paper (arXiv 2309.00267, §2.1.2: a rationale is written, then the answer is read
     from log-probabilities); `one-call`, rationale and answer in one text, for models without log-probabilities.
-    samples: rationales drawn, the distributions of which are averaged (self-consistency, §2.1.3); without chain of
+    samples: rationales drawn, the distributions of which are averaged (self-consistency); without chain of
     thought, answers drawn where the engine gives no log-probabilities (with them, one call tells the whole distribution).
     Unset: one rationale, or 8 such answers. temperature: of whatever is drawn; unset: 0 for one, 1 for several.
     rationale_tokens, answer_tokens: the most of each.
@@ -189,7 +189,8 @@ class Judge:
             thought = await ask(self._thinking(messages, hint, n, self.asking.rationale_tokens, "thinking"))
         except (RowError, RefusedError) as error:
             return [_failed(error, n)]
-        if not thought.text.strip() or thought.refusal or REFUSAL.match(thought.text):
+        refused = thought.refusal or thought.finish == "content_filter" or REFUSAL.match(thought.text)
+        if refused or not thought.text.strip():
             return [replace(self._heard(thought, None, n), rationale=thought.text)]
         rendered = self.template.render("thinking", rationale=thought.text, **values)
         draws = 1 if self.asking.samples else self.asking.draws
@@ -213,9 +214,10 @@ class Judge:
             said = await ask(self._thinking(messages, hint, n, most, "reasoned"))
         except (RowError, RefusedError) as error:
             return [_failed(error, n)]
-        thought, _, last = said.text.strip().rpartition("\n")
+        # As `parse` counts lines, so that none but the last one is left for it to read.
+        *thought, last = said.text.strip().splitlines(keepends=True) or [""]
         answer = self._heard(said, None if said.finish == "length" else self.parse(last), n)
-        return [replace(answer, rationale=thought.strip())]
+        return [replace(answer, rationale="".join(thought).strip())]
 
     def _thinking(self, messages: Any, hint: Mapping[str, Any], n: int, tokens: int, form: str) -> Request:
         warm = self.asking.warmth(self.asking.rationales > 1)

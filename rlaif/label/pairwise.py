@@ -93,7 +93,7 @@ class PairwiseLabeler:
     async def __call__(self, item: Item, ask: Ask) -> Row:
         """The preference for one comparison: the columns that `reserved` names; `soft_label` is P(A is better)."""
         row = item.row
-        drawn = digest([row["prompt"], [row["response_a"], row["response_b"]]])  # the same for swapped responses
+        drawn = digest([row["prompt"], sorted([row["response_a"], row["response_b"]])])  # the same for swapped responses
         bench = self.bench.sit(drawn) if self.bench else [(None, 1.0)]
         orders: tuple[Order, ...] = ("ab", "ba") if self.both_orders else ("ab",)
         votes = await asyncio.gather(

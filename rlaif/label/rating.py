@@ -157,6 +157,7 @@ def expectation(completion: Completion, marks: tuple[str, ...]) -> float | None:
     return scaled(sum(marks.index(mark) * mass for mark, mass in masses.items()) / total, len(marks))
 
 
+DRESS = " \t*_`'\"()[]<>:!"
 LEAD = r"(?:(?:my |the |overall )*(?:rating|score)\W{0,3}(?:is\b)?\W{0,3})?"
 
 
@@ -175,9 +176,10 @@ def parse_rating(text: str, marks: tuple[str, ...]) -> float | None:
 
 
 def _mark(line: str, marks: tuple[str, ...]) -> float | None:
-    bare = re.sub(r"^\W*<rating>|</?rating>\W*$", "", line.strip(), flags=re.IGNORECASE).strip(" \t*_`'\"()[]<>.:!")
+    bare = re.sub(r"^\W*<rating>|</?rating>\W*$", "", line.strip(), flags=re.IGNORECASE)
+    bare = bare.lstrip(DRESS).rstrip(DRESS + ".")
     limit = rf"(?: ?/ ?{re.escape(marks[-1])}| out of {re.escape(marks[-1])})?"
     for place, mark in enumerate(marks):
-        if re.fullmatch(LEAD + re.escape(mark) + limit, bare, re.IGNORECASE):
+        if re.fullmatch(LEAD + r"(?<![-−.])" + re.escape(mark) + limit, bare, re.IGNORECASE):  # −1 and .5 are no marks
             return scaled(place, len(marks))
     return None
