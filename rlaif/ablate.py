@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from rlaif.data import Item, atomic, read_rows
+from rlaif.data import Item, atomic, read_rows, run_path
 from rlaif.engines import Engine
 from rlaif.evaluate import agreement, tables
 from rlaif.job import Job
@@ -121,9 +121,9 @@ class Ablation:
         """What the finished cells came to: {"cells": […], "baselines": […]}, ready for JSON."""
         rows, runs = {}, {}
         for name, job in self.jobs().items():
-            if job.run_path.exists() and job.out.exists():
+            if run_path(job.out).exists() and job.out.exists():
                 rows[name] = [row for _, row in read_rows(str(job.out))]
-                runs[name] = json.loads(job.run_path.read_text(encoding="utf-8"))
+                runs[name] = json.loads(run_path(job.out).read_text(encoding="utf-8"))
         if not rows:
             raise RlaifError("no cell of the grid is finished")
         results = agreement.leaderboard(rows, self.human, resamples=resamples, seed=seed, values=self.values)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif import __version__
-from rlaif.options import BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of, run_path
+from rlaif.options import BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of
 from rlaif.records import RlaifError, UsageError
 
 if TYPE_CHECKING:
@@ -257,6 +257,8 @@ def rank(
 
 def _say_report(report: dict[str, Any], out: Path) -> None:
     """One line on what was made; exit code 1 where rows met an error, for they wait for the next run."""
+    from rlaif.data import run_path
+
     counts = ", ".join(f"{count} {status}" for status, count in report["statuses"].items() if count)
     of = report.get("of_rows", report["rows"])
     print(f"{out}: {report['rows']} of {of} rows ({counts}); settings and counts in {run_path(out)}")
@@ -401,6 +403,7 @@ def ablate(
     import asyncio
 
     from rlaif.ablate import Ablation, Grid
+    from rlaif.data import run_path
     from rlaif.yamlfile import load, named
 
     base = judging.one(**comparing.given())
@@ -415,7 +418,7 @@ def ablate(
     try:
         asyncio.run(ablation.run(running.limits, running.bad_rows is BadRows.keep, running.relabel))
     finally:
-        if any(job.run_path.exists() for job in ablation.jobs().values()):
+        if any(run_path(job.out).exists() for job in ablation.jobs().values()):
             print(ablation.write(ablation.measure(resamples), f"{base.name or 'labeler'} on {Path(data).name}"))
 
 
@@ -456,7 +459,7 @@ def show(
     print(rendered(judging.one(**comparing.given()), kind))
 
 
-constitution_app = typer.Typer(help="List the constitutions, show, check or copy one.", add_completion=False)
+constitution_app = typer.Typer(help="List the constitutions, check or copy one.", add_completion=False)
 app.add_typer(constitution_app, name="constitution")
 
 

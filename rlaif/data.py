@@ -356,6 +356,11 @@ def as_messages(prompt: Any) -> list[dict[str, str]]:
 # ---------------------------------------------------------------- writing
 
 
+def run_path(out: Path) -> Path:
+    """Where the run file of an output stands: settings, versions, counts and cost."""
+    return out.with_name(out.name + ".run.json")
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place only when the block ends well."""

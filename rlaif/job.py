@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlaif.data import Item, atomic, check, check_output, parquet_schema, write_rows
+from rlaif.data import Item, atomic, check, check_output, parquet_schema, run_path, write_rows
 from rlaif.engines import Engine
 from rlaif.progress import Progress
 from rlaif.records import STATUSES, RlaifError, Row, UsageError, digest
@@ -40,10 +40,6 @@ class Job:
     def store_path(self) -> Path:
         return self.out.with_name(self.out.name + ".store")
 
-    @property
-    def run_path(self) -> Path:
-        return self.out.with_name(self.out.name + ".run.json")
-
     def check(self, keep_bad: bool = False) -> int:
         """Read the whole source once, before anything is spent, and count its rows.
 
@@ -54,7 +50,7 @@ class Job:
             raise UsageError(f"{self.out}: the output is the input")
         if self.out.exists() and not self.store_path.exists():
             raise UsageError(f"{self.out} is there already, and no store beside it that could be continued: choose another -o")
-        for path in (self.run_path, self.store_path):
+        for path in (run_path(self.out), self.store_path):
             if path.is_dir():
                 raise UsageError(f"{path}: a folder is in the way")
         count, problems = check(self.items(), self.source)
@@ -123,7 +119,7 @@ class Job:
 
         if report["rows"]:
             write_rows(self.out, rows)
-        with atomic(self.run_path) as temporary:
+        with atomic(run_path(self.out)) as temporary:
             temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _report(

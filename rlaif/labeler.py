@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
@@ -15,11 +14,14 @@ from rlaif.label.pairwise import Calibration, PairwiseLabeler
 from rlaif.prompts import Template, load_template
 from rlaif.records import UsageError
 from rlaif.runner import Limits
-from rlaif.yamlfile import YamlFile, in_words, load, named
+from rlaif.yamlfile import YamlFile, beside, in_words, load, named
 
 if TYPE_CHECKING:
     from rlaif.label.ranking import Ranker
     from rlaif.label.rating import Rater
+
+PATHS = ("template", "exemplars", "constitution")
+"""Fields that may name a file."""
 
 CONCURRENCY = {"openai": 32, "vllm": 256, "transformers": 64, "embedded": 64, "mock": 64}
 """Rows in flight, unless told otherwise."""
@@ -85,8 +87,8 @@ class Labeler(YamlFile):
     @classmethod
     def _positive(cls, attributes: dict[str, float]) -> dict[str, float]:
         for name, weight in attributes.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"the weight of '{name}' must be above 0")
+            if not 0 < weight <= 1e6:
+                raise ValueError(f"the weight of '{name}' must be above 0, and at most a million")
         return attributes
 
     def changed(self, **given: Any) -> Labeler:
@@ -171,15 +173,12 @@ class Labeler(YamlFile):
 
 
 def load_labeler(name: str) -> Labeler:
-    """A shipped labeler by its name, or a user's by its path.
+    """A shipped labeler by its name, or a user's by its path; files that it names may stand beside it.
 
     Raises: UsageError for an unknown name, or naming the file and field that is wrong.
     """
     path = named("labelers", name)
     labeler = load(Labeler, path)
-    near = {
-        field: str(path.parent / value)
-        for field in ("template", "exemplars", "constitution")
-        if (value := getattr(labeler, field)) and not Path(value).is_absolute() and (path.parent / value).is_file()
-    }
+    near: dict[str, Any] = {field: beside(path, value) for field in PATHS if (value := getattr(labeler, field))}
+    near["attributes"] = {beside(path, name): weight for name, weight in labeler.attributes.items()}
     return labeler.model_copy(update=near)

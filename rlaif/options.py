@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
@@ -88,8 +87,15 @@ class Judging:
             for name in ("model", "base_url", "template", "rationale_tokens", "samples", "temperature", "constitution", "seed")
         }
         given |= {"engine": self.engine and str(self.engine), "cot": self.cot and str(self.cot)}
-        given |= {"principles": self._principles(), "options": options or None, **more}
-        return [labeler.changed(**given) for labeler in [load_labeler(name) for name in self.labeler] or [Labeler()]]
+        given |= {"principles": self._principles(), **more}
+        found = [load_labeler(name) for name in self.labeler] or [Labeler()]
+        found = [labeler.changed(**given, options={**labeler.options, **options}) for labeler in found]
+        for labeler in found:  # an option that does nothing is a mistake
+            if self.principles and not labeler.constitution:
+                raise UsageError("--principles goes with --constitution")
+            if (more.get("choose") or more.get("exemplars")) and not labeler.shots:
+                raise UsageError("--choose and --exemplars go with --shots")
+        return found
 
     def one(self, **more: Any) -> Labeler:
         """The one labeler asked for."""
@@ -279,8 +285,3 @@ def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
     if not rows:
         raise UsageError(f"{name}: no rows")
     return rows
-
-
-def run_path(out: Path) -> Path:
-    """Where the run file of an output stands."""
-    return out.with_name(out.name + ".run.json")

@@ -14,7 +14,7 @@ import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rlaif.records import Message, UsageError, digest
-from rlaif.yamlfile import parse_yaml, shipped
+from rlaif.yamlfile import beside, parse_yaml, shipped
 
 FRONT = re.compile(r"\A---\n(.*?)^---(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 TAG = re.compile(r"</?([A-Za-z][\w.-]*(?:\{\{)?)")
@@ -194,7 +194,7 @@ def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
         description=str(settings.get("description", "")),
         choices=_choices(settings.get("choices"), kind, name),
         asks_for=settings.get("asks_for", "better"),
-        exemplars=settings.get("exemplars"),
+        exemplars=beside(Path(name), settings["exemplars"]) if settings.get("exemplars") else None,
         hash=digest(sorted(loader.texts.values())),
         tags=frozenset(tag for text in loader.texts.values() for tag in TAG.findall(FRONT.sub("", text))),
         blocks=frozenset(block.name for tree in trees for block in tree.find_all(jinja2.nodes.Block)),

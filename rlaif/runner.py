@@ -68,17 +68,21 @@ class StoredEngine:
 
 @dataclass(frozen=True)
 class Limits:
-    """How hard to press: rows in flight, tries a call, seconds a call may take, US dollars, and prices per million tokens."""
+    """How hard to press: rows in flight, tries a call, seconds a call may take, US dollars, and prices per million tokens.
+
+    `spent` are the US dollars of the budget `max_cost` that are gone already.
+    """
 
     concurrency: int = 32
     tries: int = 6
     timeout: float | None = 120.0
     max_cost: float | None = None
     prices: tuple[float, float] | None = None
+    spent: float = 0.0
 
     def after(self, spent: float) -> Limits:
-        """The limits of the next run within the same budget."""
-        return self if self.max_cost is None else replace(self, max_cost=max(0.0, self.max_cost - spent))
+        """The limits of the next run within the same budget, of which so much is spent."""
+        return replace(self, spent=self.spent + spent)
 
 
 @dataclass
@@ -292,7 +296,8 @@ class Runner:
         async with self._freed:
             await self._freed.wait_for(lambda: self._stop or self._fits(most) or not self._reserved)
             if not self._fits(most):
-                self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${self.tally.cost:.4f})"))
+                spent = self.limits.spent + self.tally.cost
+                self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${spent:.4f})"))
             if self._stop:
                 raise StoppedError("stopping")
             self._reserved.append(most)
@@ -305,7 +310,7 @@ class Runner:
 
     def _fits(self, most: float) -> bool:
         assert self.limits.max_cost is not None
-        return self.tally.cost + sum(self._reserved) + most <= self.limits.max_cost
+        return self.limits.spent + self.tally.cost + sum(self._reserved) + most <= self.limits.max_cost
 
     # ------------------------------------------------------------ Ctrl-C
 

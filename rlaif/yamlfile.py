@@ -54,6 +54,11 @@ def named(kind: str, name: str) -> Path:
     return found
 
 
+def beside(file: Path, name: str) -> str:
+    """The path of what a file names, where it stands beside that file; else the name as it is."""
+    return str(file.parent / name) if (file.parent / name).is_file() else name
+
+
 def listed(kind: str) -> list[str]:
     """Names of the shipped files of this kind."""
     return sorted(path.stem for path in shipped(kind).glob("*.yaml"))
@@ -83,6 +88,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return parse_yaml(text, f"{path}: its lines")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that is there twice, of which PyYAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            names = [key.value for key, _ in node.value]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' is there twice", node.start_mark)
+        return found
+
+
 def parse_yaml(text: str, what: str) -> dict[str, Any]:
     """The `name: value` lines of a text. Aliases are refused, as a few lines of them can stand for gigabytes.
 
@@ -90,7 +107,7 @@ def parse_yaml(text: str, what: str) -> dict[str, Any]:
     """
     try:
         aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
-        content = {} if aliases else yaml.safe_load(text)
+        content = {} if aliases else yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # beside YAMLError, whatever int() and their like raise in PyYAML
         raise UsageError(f"{what} are not YAML: {' '.join(str(error).split())}") from error
     if aliases:

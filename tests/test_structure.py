@@ -107,7 +107,7 @@ def harmless() -> Texts:
 
 def render(kind: str, template: Template, form: tuple[Ending, bool], texts: Texts) -> Rendered:
     """As the methods do it, with these texts from outside."""
-    values: dict[str, Any] = {"prompt": texts["prompt"], "row": {"note": texts["column"], texts["column"]: [texts["column"]]}}
+    values: dict[str, Any] = {"prompt": texts["prompt"], "row": {"note": texts["column"], texts["column"]: texts["column"]}}
     values["principle"] = texts["principle"] if "principle" in template.variables else None
     if kind == "pairwise":
         values |= {"response_1": texts["one"], "response_2": texts["two"]}

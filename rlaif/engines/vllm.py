@@ -138,6 +138,9 @@ def _start(model: str, trust_remote_code: bool, **settings: Any) -> Any:
     if getattr(config, "quantization_config", None) is None:
         # The last layer in float32: logits in bf16 have steps of 1/8 from 16 up, which is much for a log-ratio.
         settings["hf_overrides"] = {"head_dtype": "float32"}
+    if current_platform.is_cpu():
+        # A prompt that is computed in parts makes vLLM rewind its request's source of randomness, which torch cannot on a CPU.
+        settings |= {"enable_chunked_prefill": False}
     return AsyncLLM.from_engine_args(
         AsyncEngineArgs(
             model=model,

@@ -20,6 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_expit
 
 from rlaif.constitution import load_constitution
+from rlaif.data import run_path
 from rlaif.evaluate.agreement import (
     A,
     Bools,
@@ -38,7 +39,6 @@ from rlaif.evaluate.agreement import (
 )
 from rlaif.label.pairwise import Calibration, combine, first_shown, logit
 from rlaif.labeler import Labeler
-from rlaif.options import run_path
 from rlaif.records import LABELLED, Row, UsageError
 from rlaif.yamlfile import SUFFIXES, in_words
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import stdev
 from typing import Any, Literal
 
-from rlaif.data import RESERVED, atomic, read_rows, write_rows
+from rlaif.data import RESERVED, atomic, read_rows, run_path, write_rows
 from rlaif.evaluate.agreement import human_votes, majority
 from rlaif.label.judge import worst
 from rlaif.label.pairwise import hard_label
@@ -113,7 +113,7 @@ def write_combined(out: Path, members: Mapping[str, Path], how: Combine, weights
             yield {**row, **result}
 
     write_rows(out, rows)
-    runs = {name: json.loads(path.with_name(path.name + ".run.json").read_text()) for name, path in members.items()}
+    runs = {name: json.loads(run_path(path).read_text(encoding="utf-8")) for name, path in members.items()}
     report = {
         "source": next(iter(runs.values()))["source"],
         "complete": all(run["complete"] for run in runs.values()),
@@ -124,7 +124,7 @@ def write_combined(out: Path, members: Mapping[str, Path], how: Combine, weights
         "members": {name: str(path) for name, path in members.items()},
         "all_runs": _sums([run["all_runs"] for run in runs.values()]),
     }
-    with atomic(out.with_name(out.name + ".run.json")) as temporary:
+    with atomic(run_path(out)) as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 

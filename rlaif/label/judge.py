@@ -147,7 +147,7 @@ class Judge:
         if answer.status in ("ok", "refused"):
             return [answer]
         # Log-probabilities came, but not those of the choices: what does the model say when let speak?
-        return [answer, *await self._drawn(messages, prefix, hint, ask, 1)]
+        return [answer, *await self._drawn(messages, prefix, hint, ask, draws if self.asking.samples else 1)]
 
     async def _drawn(self, messages: Any, prefix: str, hint: Mapping[str, Any], ask: Ask, draws: int) -> list[Answer]:
         warm = self.asking.warmth(draws > 1)
@@ -195,16 +195,14 @@ class Judge:
         rendered = self.template.render("thinking", rationale=thought.text, **values)
         draws = 1 if self.asking.samples else self.asking.draws
         answers = await self._verdicts(*rendered, hint, ask, draws)
-        return [
-            replace(
-                answer,
-                rationale=thought.text,
-                sample=n if draws == 1 else answer.sample,
-                prompt_tokens=answer.prompt_tokens + thought.prompt_tokens,
-                completion_tokens=answer.completion_tokens + thought.completion_tokens,
-            )
-            for answer in answers
-        ]
+        found = [replace(a, rationale=thought.text, sample=n if draws == 1 else a.sample) for a in answers]
+        read, written = thought.prompt_tokens, thought.completion_tokens  # counted once, with the first
+        found[0] = replace(
+            found[0],
+            prompt_tokens=found[0].prompt_tokens + read,
+            completion_tokens=found[0].completion_tokens + written,
+        )
+        return found
 
     async def _one_call(self, values: Mapping[str, Any], hint: Mapping[str, Any], ask: Ask, n: int) -> list[Answer]:
         """Rationale and answer in one text: its last line alone is the answer, and none if the text was cut off."""

@@ -215,7 +215,8 @@ def _verdict(line: str, choices: tuple[str, str]) -> float | None:
     bare = line.strip(" \t*_`'\"()[]<>.:!")
     lead = rf"(?:the )?(?:{ADJECTIVE} )?{NOUN}\W{{0,3}}(?:is\b)?\W{{0,3}}"
     for value, choice in ((1.0, choices[0]), (0.0, choices[1])):
-        said = rf"(?:{lead}){{0,2}}(?:response_?\W?)?{re.escape(choice)}(?: is {ADJECTIVE})?"
+        # Neither −1 nor .1 is a choice.
+        said = rf"(?:{lead}){{0,2}}(?:response_?\W?)?(?<![-−.]){re.escape(choice)}(?: is {ADJECTIVE})?"
         if re.fullmatch(said, bare, re.IGNORECASE):
             return value
     return 0.5 if TIE.fullmatch(bare) else None

@@ -105,8 +105,9 @@ class Tournament(Pairs):
 class Listwise:
     """Shows all responses at once and asks for the whole order.
 
-    `both_orders` asks again with the responses in reverse, which cancels a preference for a position. A pair's soft label
-    is then the share of the answers that place its first response before the other; samples and principles count likewise.
+    `both_orders` asks again with the responses in reverse, so that a preference for a position decides no pair. A pair's soft
+    label is then the share of the answers that place its first response before the other; samples and principles count
+    likewise.
     """
 
     template: Template

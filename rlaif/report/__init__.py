@@ -22,10 +22,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rlaif import __version__
-from rlaif.data import SURROGATE, as_text, atomic
+from rlaif.data import SURROGATE, as_text, atomic, run_path
 from rlaif.evaluate import agreement
 from rlaif.evaluate.tables import HUMAN, METRICS
-from rlaif.options import labelled_rows, run_path
+from rlaif.options import labelled_rows
 from rlaif.records import LABELLED, STATUSES, Label, Row, UsageError
 from rlaif.report import plots
 
