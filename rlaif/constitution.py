@@ -27,7 +27,7 @@ class Principle(BaseModel):
     critique: str = Field(min_length=1)
     revision: str = Field(min_length=1)
     preference: str = Field(min_length=1)
-    weight: float = Field(default=1.0, gt=0, le=1e6)
+    weight: float = Field(default=1.0, gt=0, le=1e9, allow_inf_nan=False)
 
     @field_validator("preference")
     @classmethod

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from rlaif.labeler import Labeler, load_labeler
-from rlaif.options import Judging
+from rlaif.options import ChooseName, Comparing, Judging
 from rlaif.prompts import list_templates
 from rlaif.records import UsageError
 from rlaif.yamlfile import listed
@@ -195,13 +195,56 @@ def test_an_option_that_is_wrong_names_the_labeler(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "value"), [("one", "one"), ("all", "all"), ("3", 3), ("12", 12), (None, "one")])
 def test_principles_are_one_all_or_a_number(text: str | None, value: Any) -> None:
-    assert Judging(principles=text).one().principles == value
+    assert Judging(principles=text, constitution="general").one().principles == value
 
 
 @pytest.mark.parametrize("text", ["two", "", "-1", "1.5", "²", "٣", " 3", "All"])
 def test_other_principles_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--principles: one, all or a number, not"):
         Judging(principles=text).one()
+
+
+@pytest.mark.parametrize(
+    ("judging", "comparing", "message"),
+    [
+        (Judging(principles="all"), Comparing(), "--principles goes with --constitution"),
+        (Judging(), Comparing(choose=ChooseName.nearest), "--choose and --exemplars go with --shots"),
+        (Judging(), Comparing(exemplars="summary"), "--choose and --exemplars go with --shots"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(judging: Judging, comparing: Comparing, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        judging.one(**comparing.given())
+
+
+def test_engine_options_given_are_put_over_the_files_own(tmp_path: Path) -> None:
+    path = written(tmp_path / "judge.yaml", engine="mock", options={"k": 3, "bias": 1})
+    assert Judging(labeler=[str(path)], option=["bias=2", "noise=0.5"]).one().options == {"k": 3, "bias": 2, "noise": 0.5}
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "judge.yaml"
+    path.write_text("engine: mock\nshots: 1\nengine: openai\n")
+    with pytest.raises(UsageError, match=r"judge\.yaml: .*'engine' is there twice"):
+        load_labeler(str(path))
+    path.write_text("engine: mock\noptions: {k: 1, k: 2}\n")
+    with pytest.raises(UsageError, match="'k' is there twice"):
+        load_labeler(str(path))
+
+
+def test_templates_and_exemplars_that_a_file_names_may_stand_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "judges"
+    folder.mkdir()
+    (folder / "rate.jinja").write_text('{% extends "rating/_layout.jinja" %}{% block question %}How dry is it?{% endblock %}')
+    shots = {"exemplars": [{"prompt": "p", "better": "x", "worse": "y", "rationale": "{better} beats {worse}"}]}
+    (folder / "mine.yaml").write_text(json.dumps(shots))
+    head = "---\nexemplars: mine.yaml\n---\n"
+    (folder / "ask.jinja").write_text(head + '{% extends "pairwise/_layout.jinja" %}{% block preamble %}Hm.{% endblock %}')
+    path = written(folder / "judge.yaml", engine="mock", template="ask.jinja", shots=1, attributes={"rate.jinja": 2.0})
+    labeler = load_labeler(str(path))
+    assert labeler.pairwise().shots is not None
+    assert labeler.pairwise().shots.file.name == "mine"
+    assert "How dry is it?" in labeler.rater().attributes[0][1].render(prompt="p", response="r", row={})[0][0]["content"]
 
 
 def test_a_labeler_file_labels_on_the_command_line_and_the_run_file_tells_it(tmp_path: Path) -> None:
