@@ -153,8 +153,8 @@ def _label_together(
         known = {name: [row for _, row in read_rows(str(folder / f"{name}.calibration.jsonl"))] for name in names}
         weights = ensemble.learn_weights(known, human)
     members = {name: folder / f"{name}.jsonl" for name in names}
-    report = ensemble.write_combined(out, members, combine.value, weights)
     among = agreement.among({name: [row for _, row in read_rows(str(path))] for name, path in members.items()})
+    report = ensemble.write_combined(out, members, combine.value, weights, among)
     for name, weight in weights.items():
         print(f"{name}: weight {weight.weight:.3f}, accuracy {weight.accuracy:.3f} on {weight.n} calibration rows")
     print(tables.among(among, "labelers"))
@@ -239,7 +239,7 @@ def rank(
     method: Annotated[Method, typer.Option(help="All pairs, all responses in one prompt, or n-1 matches.")] = Method.pairs,
 ) -> None:
     """Rank several responses a prompt: DATA's rows of prompt and responses with a ranking, scores and pairs, into OUT."""
-    from rlaif.data import response_lists
+    from rlaif.data import read_rows, response_lists
     from rlaif.job import Job
 
     labeler = judging.one(**comparing.given())
@@ -252,7 +252,11 @@ def rank(
         reading.facts(),
         "ranking",
     )
-    _run(job, labeler, running)
+    (report,) = _run_all([(job, labeler)], running)
+    cycles = [row["cycles"] for _, row in read_rows(str(out)) if row["cycles"] is not None] if report["rows"] else []
+    if cycles:
+        print(f"{sum(cycles)} cycles (a beats b beats c beats a), in {sum(map(bool, cycles))} of {len(cycles)} rows")
+    _say_report(report, out)
 
 
 def _say_report(report: dict[str, Any], out: Path) -> None:

@@ -100,8 +100,14 @@ def names_of(labelers: Sequence[Any]) -> list[str]:
     return names
 
 
-def write_combined(out: Path, members: Mapping[str, Path], how: Combine, weights: Mapping[str, Weight]) -> dict[str, Any]:
-    """Write the combined rows and their run file; returns the latter."""
+def write_combined(
+    out: Path,
+    members: Mapping[str, Path],
+    how: Combine,
+    weights: Mapping[str, Weight],
+    among: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Write the combined rows and their run file, with the labelers' agreement with one another; returns the latter."""
     counts: Counter[str] = Counter()
     plain = {name: weight.weight for name, weight in weights.items()}
 
@@ -121,6 +127,7 @@ def write_combined(out: Path, members: Mapping[str, Path], how: Combine, weights
         "statuses": {status: counts[status] for status in STATUSES},
         "settings": {"method": "ensemble", "combine": how, "labelers": {name: run["settings"] for name, run in runs.items()}},
         "weights": {name: asdict(weight) for name, weight in weights.items()},
+        "agreement": among,
         "members": {name: str(path) for name, path in members.items()},
         "all_runs": _sums([run["all_runs"] for run in runs.values()]),
     }
