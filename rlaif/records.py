@@ -34,7 +34,8 @@ class Request:
 
     `prefix` begins the assistant's turn where the engine can continue a turn, and is dropped where it cannot.
     `choices` are the texts of which the log-probability as the next token is wanted (empty: none wanted).
-    `sample` tells repeated draws of one prompt apart. `hint` carries planted facts to the mock engine; no other engine
+    `sample` tells repeated draws of one prompt apart. `stop` are texts before the first of which the answer ends. `logprob`
+    asks for the log-probability of the answer as a whole. `hint` carries planted facts to the mock engine; no other engine
     reads it, and it is not part of the key.
     """
 
@@ -46,6 +47,8 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     sample: int = 0
+    stop: tuple[str, ...] = ()
+    logprob: bool = False
     hint: Mapping[str, Any] | None = None
 
     def key(self, engine: Mapping[str, Any]) -> str:
@@ -61,6 +64,10 @@ class Request:
             "seed": self.seed,
             "sample": self.sample,
         }
+        if self.stop:
+            content["stop"] = self.stop
+        if self.logprob:
+            content["logprob"] = True
         return digest(content)
 
 
@@ -70,6 +77,8 @@ class Completion:
 
     `logprobs` maps each choice to its natural log-probability as the first token of the answer; a choice that the
     server did not report is missing. `None` means that the engine gives no log-probabilities at all.
+    `logprob` is the natural log-probability of all generated tokens together, under the model itself (temperature 1), where
+    the request wants it and the engine can tell.
     `floor` is the least log-probability the server reported, so a bound for a missing choice.
     `cost` is in US dollars where the server or the given prices tell it.
     """
@@ -82,6 +91,7 @@ class Completion:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float | None = None
+    logprob: float | None = None
     key: str = ""
 
 

@@ -13,6 +13,9 @@ from rlaif.records import RETRIED, Completion, RlaifError, Row, UsageError
 
 VERSION = 1
 
+PARTS = ("votes", "samples", "revisions")
+"""Columns of a result that hold what was asked for it, each part with its `status` and its request's `key`."""
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 -- A completion is stored as it arrives, before it is parsed. `usable` is 0 once its row came to nothing with it: it is
@@ -113,9 +116,9 @@ class Store:
         """Store a row's result. The completions that a row failed with will be asked for again."""
         self._write("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", (key, result["status"], _dump(result)))
         if result["status"] in RETRIED:
-            for vote in result.get("votes") or []:
-                if vote["status"] in RETRIED and vote["key"]:
-                    self._write("UPDATE completions SET usable = 0 WHERE key = ?", (vote["key"],))
+            for part in (part for name in PARTS for part in result.get(name) or []):
+                if part["status"] in RETRIED and part["key"]:
+                    self._write("UPDATE completions SET usable = 0 WHERE key = ?", (part["key"],))
 
     def usage(self) -> Usage:
         """What all completions in the store cost, over all runs."""
