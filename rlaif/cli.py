@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif import __version__
-from rlaif.options import BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of
+from rlaif.options import Answering, BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of
 from rlaif.records import RlaifError, UsageError
 
 if TYPE_CHECKING:
@@ -256,6 +256,95 @@ def rank(
     cycles = [row["cycles"] for _, row in read_rows(str(out)) if row["cycles"] is not None] if report["rows"] else []
     if cycles:
         print(f"{sum(cycles)} cycles (a beats b beats c beats a), in {sum(map(bool, cycles))} of {len(cycles)} rows")
+    _say_report(report, out)
+
+
+@app.command()
+@grouped
+def sample(
+    prompts: Data,
+    out: Out,
+    answering: Answering,
+    reading: Reading,
+    running: Running,
+    count: Annotated[int, typer.Option("--n", min=1, help="Responses a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the draws.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: the share of probability kept.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a response.")] = 512,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be given several times.")] = None,
+    icl: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Answer in context, as a base model can: urial, or a template's file.")
+    ] = None,
+    unique: Annotated[bool, typer.Option("--unique", help="Leave out what an earlier response says word for word.")] = False,
+) -> None:
+    """Draw responses to prompts: PROMPTS' rows with N responses each, into OUT."""
+    from rlaif import data
+    from rlaif.job import Job
+    from rlaif.sample import Sampler, load_icl
+
+    labeler = answering.one()
+    context = load_icl(icl) if icl else None
+    ends = tuple(stop or ())
+    sampler = Sampler(count, temperature, top_p, max_tokens, system, ends, context, unique, labeler.seed)
+    columns = reading.columns
+    items = lambda: data.prompts(prompts, columns, reading.split, reading.limit)  # noqa: E731
+    (report,) = _run_all([(Job(prompts, out, items, sampler, reading.facts(), "sampling"), labeler)], running)
+    counts = [len(row["responses"] or ()) for _, row in data.read_rows(str(out))] if report["rows"] else []
+    print(f"{sum(counts)} responses; {sum(n < count for n in counts)} rows have fewer than {count}")
+    _say_report(report, out)
+
+
+class Revising(StrEnum):
+    critique = "critique"
+    clair = "clair"
+
+
+@app.command()
+@grouped
+def revise(
+    data: Data,
+    out: Out,
+    answering: Answering,
+    reading: Reading,
+    running: Running,
+    method: Annotated[Revising, typer.Option(help="By a constitution's principles, or CLAIR's minimal improvement.")],
+    constitution: Annotated[
+        str | None, typer.Option(help="The principles to revise by: a shipped constitution's name, or a file.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of critique and revision (default: 4).")] = None,
+    critique: Annotated[
+        bool | None, typer.Option("--critique/--no-critique", help="Criticise before each revision (default), or not.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="Exemplars of critique and revision (default: 0).")] = None,
+    exemplars: Annotated[
+        str | None, typer.Option(help="Their file, or a shipped one's name (default: the template's).")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="A shipped template's name, or a file.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="Of the draws (default: 1; clair: 0.7).")] = None,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: the share of probability kept.")] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most of a critique, a revision (512), or both of CLAIR's sections (4,096).")
+    ] = None,
+) -> None:
+    """Revise responses: DATA's rows of prompt and response with revisions, into OUT.
+
+    DATA may be an output of `rlaif sample`: then each of its responses is revised.
+    """
+    from rlaif.data import RESERVED_REVISE, read_rows, responses
+    from rlaif.job import Job
+    from rlaif.revise import reviser, tally
+
+    labeler = answering.one()
+    drawing = {"temperature": temperature, "top_p": top_p, "tokens": max_tokens, "seed": labeler.seed}
+    chosen = {"rounds": rounds, "critique": critique, "shots": shots, "exemplars": exemplars}
+    how = reviser(method.value, constitution or labeler.constitution, template, drawing, **chosen)
+    columns = reading.columns
+    items = lambda: responses(data, columns, reading.split, reading.limit, RESERVED_REVISE)  # noqa: E731
+    (report,) = _run_all([(Job(data, out, items, how, reading.facts(), "revising"), labeler)], running)
+    if report["rows"]:
+        counts = tally(row for _, row in read_rows(str(out)))
+        print(f"{counts['rounds']} revisions: {counts['unchanged']} unchanged, {counts['refusal']} decline")
     _say_report(report, out)
 
 

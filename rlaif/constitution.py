@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -54,6 +54,12 @@ class Constitution(YamlFile):
                 raise ValueError(f"the {name} '{twice[0]}' is there twice")
         return principles
 
+    def drawn(self, seed: list[Any], row: str, count: int) -> list[Principle]:
+        """So many principles, by seed and row, without replacement and by their weights (Efraimidis and Spirakis, 2006)."""
+        draw = random.Random(digest([*seed, row]))
+        # Their u^(1/w) by its logarithm, for small weights would make it 0.
+        return sorted(self.principles, key=lambda p: math.log(draw.random() or math.ulp(0.0)) / p.weight, reverse=True)[:count]
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -74,15 +80,12 @@ class Bench:
     def sit(self, row: str) -> list[tuple[Principle, float]]:
         """The principles for the row of this digest, with their weights in the mean.
 
-        Drawn ones were drawn by their weights already, without replacement (Efraimidis and Spirakis, 2006): each counts once.
+        Drawn ones were drawn by their weights already: each counts once.
         """
-        principles = self.constitution.principles
         if self.choice == "all":
-            return [(p, p.weight) for p in principles]
-        draw = random.Random(digest([self.seed, "principles", row]))
-        # Their u^(1/w) by its logarithm, for small weights would make it 0.
-        ranked = sorted(principles, key=lambda p: math.log(draw.random() or math.ulp(0.0)) / p.weight, reverse=True)
-        return [(p, 1.0) for p in ranked[: 1 if self.choice == "one" else self.choice]]
+            return [(p, p.weight) for p in self.constitution.principles]
+        count = 1 if self.choice == "one" else self.choice
+        return [(p, 1.0) for p in self.constitution.drawn([self.seed, "principles"], row, count)]
 
     def settings(self) -> dict[str, object]:
         return {"constitution": self.constitution.name, "hash": self.constitution.hash, "principles": self.choice}

@@ -21,8 +21,11 @@ from rlaif.records import Row, UsageError, digest
 
 RESERVED = ("status", "soft_label", "label", "dispersion", "votes", "error")
 RESERVED_SCORE = ("status", "score", "scores", "dispersion", "votes", "error")
+RESERVED_SAMPLE = ("responses", "samples", "status", "error")
+RESERVED_REVISE = ("revisions", "revised", "status", "error")
 RESERVED_RANK = ("status", "ranking", "scores", "pairs", "cycles", "votes", "error")
-"""Columns that a labelled, scored or ranked file adds; an input that has one must rename it, or it would be lost."""
+"""Columns that a labelled, scored, sampled, revised or ranked file adds; an input that has one must rename it,
+or it would be lost."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -145,12 +148,34 @@ def comparisons(
         yield _comparison(row, number, where, seed)
 
 
-def responses(
+def prompts(
     source: str, mapping: Mapping[str, str] | None = None, split: str | None = None, limit: int | None = None
 ) -> Iterator[Item]:
-    """Responses to be rated: rows of `prompt` and `response`. Raises: as `comparisons` does."""
-    for number, where, row in _rows(source, mapping, split, limit, RESERVED_SCORE):
-        yield _item(row, number, where, ("response",), lambda row: _text_problem(row, "response"))
+    """Prompts to be answered: rows of `prompt`. Raises: as `comparisons` does."""
+    for number, where, row in _rows(source, mapping, split, limit, RESERVED_SAMPLE):
+        yield _item(row, number, where, (), lambda row: None)
+
+
+def responses(
+    source: str,
+    mapping: Mapping[str, str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    reserved: tuple[str, ...] = RESERVED_SCORE,
+) -> Iterator[Item]:
+    """Responses to be rated or revised: rows of `prompt` and `response`, or of `prompt` and `responses`, each of which is
+    then an item of its own, with the id ROW/INDEX. Raises: as `comparisons` does.
+    """
+    for number, where, row in _rows(source, mapping, split, limit, reserved):
+        if "response" in row or "responses" not in row:
+            yield _item(row, number, where, ("response",), lambda row: _text_problem(row, "response"))
+            continue
+        texts = row["responses"] if isinstance(row["responses"], list) else [row["responses"]]
+        rest = {name: value for name, value in row.items() if name != "responses"}
+        whole = number if row.get("id") is None else row["id"]
+        for index, text in enumerate(texts):
+            one = {**rest, "id": f"{whole}/{index}", "response": text}
+            yield _item(one, number, where, ("response",), lambda row: _text_problem(row, "response"))
 
 
 def response_lists(
@@ -165,13 +190,21 @@ def _rows(
     source: str, mapping: Mapping[str, str] | None, split: str | None, limit: int | None, reserved: tuple[str, ...]
 ) -> Iterator[tuple[int, str, Row]]:
     for number, (where, raw) in enumerate(islice(read_rows(source, split), limit)):
-        row = _renamed(raw, mapping or {}, where)
+        row = _renamed(_resumed(raw), mapping or {}, where)
         taken = [name for name in reserved if name in row]
         if taken:
             raise UsageError(
                 f"{where}: column '{taken[0]}' is one that the output adds; rename it, as with --map my_{taken[0]}={taken[0]}"
             )
         yield number, where, row
+
+
+def _resumed(row: Row) -> Row:
+    """A row that `rlaif sample` made, as the input of what comes next: its draws and their status stay behind in its file.
+
+    One that failed has null for `responses`, which is no list of texts.
+    """
+    return {k: v for k, v in row.items() if k not in ("samples", "status", "error")} if "samples" in row else row
 
 
 def check(items: Iterable[Item], source: str) -> tuple[int, list[str]]:

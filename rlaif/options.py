@@ -46,8 +46,8 @@ class BadRows(StrEnum):
 
 
 @dataclass
-class Judging:
-    """What judges, whatever it is asked; options that are given win over a labeler file's."""
+class Answering:
+    """What answers; options that are given win over a labeler file's."""
 
     labeler: Annotated[
         list[str], typer.Option(metavar="FILE", help="A labeler file, or a shipped one's name (see `rlaif labelers`).")
@@ -59,6 +59,30 @@ class Judging:
         list[str],
         typer.Option("--engine-option", "-E", metavar="NAME=VALUE", help="A setting of the engine, as dtype=bf16."),
     ] = field(default_factory=list)
+    seed: Annotated[int | None, typer.Option(help="Draws sides, samples, principles, exemplars (default: 0).")] = None
+
+    def labelers(self, **more: Any) -> list[Labeler]:
+        """The labelers asked for: those of the files, or the one that the options describe."""
+        from rlaif.labeler import Labeler, load_labeler
+
+        options = {name: scalar(value) for name, value in pairs_of(self.option, "-E").items()}
+        given = {name: getattr(self, name) for name in ("model", "base_url", "seed")}
+        given |= {"engine": self.engine and str(self.engine), **more}
+        found = [load_labeler(name) for name in self.labeler] or [Labeler()]
+        return [labeler.changed(**given, options={**labeler.options, **options}) for labeler in found]
+
+    def one(self, **more: Any) -> Labeler:
+        """The one labeler asked for."""
+        found = self.labelers(**more)
+        if len(found) > 1:
+            raise UsageError("--labeler: this command takes one")
+        return found[0]
+
+
+@dataclass
+class Judging(Answering):
+    """What judges, and how it is asked, whatever it judges."""
+
     template: Annotated[str | None, typer.Option(help="A shipped template's name (see `rlaif templates`), or a file.")] = None
     cot: Annotated[CotName | None, typer.Option(help="Chain of thought: a rationale before the answer (default: off).")] = None
     rationale_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of a rationale (default: 512).")] = None
@@ -75,34 +99,17 @@ class Judging:
     principles: Annotated[
         str | None, typer.Option(metavar="one|all|K", help="How many of them judge a row (default: one, drawn).")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Draws sides, samples, principles, exemplars (default: 0).")] = None
 
     def labelers(self, **more: Any) -> list[Labeler]:
-        """The labelers asked for: those of the files, or the one that the options describe."""
-        from rlaif.labeler import Labeler, load_labeler
-
-        options = {name: scalar(value) for name, value in pairs_of(self.option, "-E").items()}
-        given = {
-            name: getattr(self, name)
-            for name in ("model", "base_url", "template", "rationale_tokens", "samples", "temperature", "constitution", "seed")
-        }
-        given |= {"engine": self.engine and str(self.engine), "cot": self.cot and str(self.cot)}
-        given |= {"principles": self._principles(), **more}
-        found = [load_labeler(name) for name in self.labeler] or [Labeler()]
-        found = [labeler.changed(**given, options={**labeler.options, **options}) for labeler in found]
+        names = ("template", "rationale_tokens", "samples", "temperature", "constitution")
+        given = {name: getattr(self, name) for name in names}
+        found = super().labelers(**given, cot=self.cot and str(self.cot), principles=self._principles(), **more)
         for labeler in found:  # an option that does nothing is a mistake
             if self.principles and not labeler.constitution:
                 raise UsageError("--principles goes with --constitution")
             if (more.get("choose") or more.get("exemplars")) and not labeler.shots:
                 raise UsageError("--choose and --exemplars go with --shots")
         return found
-
-    def one(self, **more: Any) -> Labeler:
-        """The one labeler asked for."""
-        found = self.labelers(**more)
-        if len(found) > 1:
-            raise UsageError("--labeler: this command takes one")
-        return found[0]
 
     def _principles(self) -> str | int | None:
         if self.principles in (None, "one", "all"):

@@ -33,8 +33,8 @@ USER_BLOCKS = ("preamble", "exemplars", "sample")
 Ending = Literal["ending", "thinking", "reasoned"]
 """The block that ends a prompt: the question; a request for a rationale; a request for a rationale and the answer after it."""
 
-SETTINGS = ("description", "choices", "asks_for", "exemplars")
-KINDS = {"pairwise": "two", "rating": "two or more", "ranking": "no"}
+SETTINGS = ("description", "choices", "asks_for", "exemplars", "stop")
+KINDS = {"pairwise": "two", "rating": "two or more", "ranking": "no", "sample": "no", "revision": "no"}
 """Kinds of template, and how many choices each has."""
 
 
@@ -105,7 +105,8 @@ class Template:
     `choices` are the answers: for the first and the second response shown (pairwise), the marks of a scale from the least
     to the most (rating), none (ranking). `asks_for` is the polarity: `worse` where the template asks for the response that
     should lose, as the RLAIF paper's harmless preamble does. `exemplars` names the file that its few shots come from.
-    `blocks` and `variables` are those of the template and of each one that it extends; `hash` changes with their text.
+    `stop` are texts that end the answer. `blocks` and `variables` are those of the template and of each one that it extends;
+    `hash` changes with their text.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Template:
     choices: tuple[str, ...]
     asks_for: Literal["better", "worse"]
     exemplars: str | None
+    stop: tuple[str, ...]
     hash: str
     tags: frozenset[str] = field(repr=False)
     blocks: frozenset[str] = field(repr=False)
@@ -187,6 +189,9 @@ def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
         raise UsageError(f"template {name}: asks_for must be 'better' or 'worse', got {settings['asks_for']!r}")
     if not isinstance(settings.get("exemplars"), str | None):
         raise UsageError(f"template {name}: exemplars must be a file or a shipped one's name, got {settings['exemplars']!r}")
+    stop = settings.get("stop", [])
+    if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+        raise UsageError(f"template {name}: stop must be a list of texts, got {stop!r}")
     trees = [environment.parse(FRONT.sub("", text)) for text in loader.texts.values()]
     return Template(
         name=name,
@@ -195,6 +200,7 @@ def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
         choices=_choices(settings.get("choices"), kind, name),
         asks_for=settings.get("asks_for", "better"),
         exemplars=beside(Path(name), settings["exemplars"]) if settings.get("exemplars") else None,
+        stop=tuple(stop),
         hash=digest(sorted(loader.texts.values())),
         tags=frozenset(tag for text in loader.texts.values() for tag in TAG.findall(FRONT.sub("", text))),
         blocks=frozenset(block.name for tree in trees for block in tree.find_all(jinja2.nodes.Block)),
@@ -204,11 +210,11 @@ def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
 
 def _choices(choices: Any, kind: str, name: str) -> tuple[str, ...]:
     if choices is None:
-        choices = {"pairwise": ["1", "2"], "rating": [str(n) for n in range(1, 11)], "ranking": []}[kind]
+        choices = {"pairwise": ["1", "2"], "rating": [str(n) for n in range(1, 11)]}.get(kind, [])
     count = len(choices) if isinstance(choices, list) else -1
-    right = {"pairwise": count == 2, "rating": count >= 2, "ranking": count == 0}[kind]
+    right = {"pairwise": count == 2, "rating": count >= 2}.get(kind, count == 0)
     if not right or not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        such = ', such as ["1", "2"] (quoted)' if kind != "ranking" else ""
+        such = ', such as ["1", "2"] (quoted)' if KINDS[kind] != "no" else ""
         raise UsageError(f"template {name}: choices must be {KINDS[kind]} texts{such}, got {choices}")
     if len(set(choices)) < count:
         twice = next(choice for choice in choices if choices.count(choice) > 1)

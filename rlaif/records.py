@@ -77,8 +77,9 @@ class Completion:
 
     `logprobs` maps each choice to its natural log-probability as the first token of the answer; a choice that the
     server did not report is missing. `None` means that the engine gives no log-probabilities at all.
-    `logprob` is the natural log-probability of all generated tokens together, under the model itself (temperature 1), where
-    the request wants it and the engine can tell.
+    `logprob` is the natural log-probability of all generated tokens together, under the model itself (temperature 1,
+    top_p 1), where the request wants it and the engine can tell. What ended the answer counts too: the end-of-turn token,
+    and the tokens of the stop text, though `text` ends before it.
     `floor` is the least log-probability the server reported, so a bound for a missing choice.
     `cost` is in US dollars where the server or the given prices tell it.
     """

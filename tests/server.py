@@ -20,6 +20,8 @@ class Server:
     """Answers a comparison with P(1) = σ(q₁ − q₂ + bias), the qualities read from `[q=…]` in the two responses shown.
 
     `fault` may answer in place of it: an async function of the request's body that returns a response, or None to go on.
+    `speak` makes it answer with a text instead, of P(1). Asked for log-probabilities without the most probable tokens, it
+    gives the answer's words -1/8, -2/8 and so on. It ends an answer before the stop texts, of which it takes at most four.
     `digits`, probabilities of the marks 1 to 10, make it answer with a rating instead; it writes `10` as the tokens `1`, `0`.
     `bodies` are all requests that came; `answered` counts the answers sent for each distinct one.
     """
@@ -88,6 +90,8 @@ class Server:
                 return answer
             if body.get("top_logprobs", 0) > self.logprobs > 0:
                 return error(400, f"top_logprobs must be at most {self.logprobs}")
+            if len(body.get("stop", ())) > 4:
+                return error(400, f"Invalid 'stop': array too long. Expected at most 4, but got {len(body['stop'])} instead.")
             await asyncio.sleep(self.latency)
             self.answered[json.dumps(body, sort_keys=True)] += 1
             return web.json_response(self._completion(body))
@@ -102,12 +106,16 @@ class Server:
         top = [("1", 0.9 * p), ("2", 0.9 * (1 - p)), ("The", 0.06), ("I", 0.03)]
         if self.digits:
             content, top = _rating(self.digits, body["messages"][-1])
+        for stop in body.get("stop", ()):
+            content = content.partition(stop)[0]
         choice: dict[str, Any] = {
             "index": 0,
             "finish_reason": "stop",
             "message": {"role": "assistant", "content": content},
         }
-        if body.get("logprobs") and self.logprobs:
+        if body.get("logprobs") and self.logprobs and "top_logprobs" not in body:
+            choice["logprobs"] = {"content": _spoken(content)}
+        elif body.get("logprobs") and self.logprobs:
             tokens = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in sorted(top, key=lambda x: -x[1])]
             choice["logprobs"] = {"content": [{**tokens[0], "top_logprobs": tokens[: body["top_logprobs"]]}]}
         return {
@@ -118,6 +126,14 @@ class Server:
             "choices": [choice],
             "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": 1, "total_tokens": len(text) // 4 + 1},
         }
+
+
+def _spoken(content: str) -> list[dict[str, Any]]:
+    """The words of an answer as tokens."""
+    return [
+        {"token": word, "logprob": -n / 8, "bytes": None, "top_logprobs": []}
+        for n, word in enumerate(re.findall(r"\s*\S+", content), 1)
+    ]
 
 
 def _rating(digits: Sequence[float], last: dict[str, str]) -> tuple[str, list[tuple[str, float]]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlaif.records import Completion, NoLogprobsError, Request, TransientError, UsageError, digest
 
 GARBAGE = ("Purple, most likely.", "1 2 1 2", "", "Both have their merits and their faults.", "{'verdict': null}")
+PLANTED = re.compile(r"\[q=(-?\d+(?:\.\d+)?(?:e-?\d+)?)\]")
+"""A quality that a text says of itself."""
+
 REFUSALS = ("I'm sorry, but I can't help with that.", "I cannot compare these responses.")
 
 
@@ -18,10 +22,13 @@ class MockEngine:
     """Chooses the first response shown with probability σ(k·(q₁ − q₂) + bias + noise·ε), ε standard normal.
 
     A response's quality q is the row's `quality_a` / `quality_b` (`quality` of one to be rated, `qualities` of those to be
-    ranked) where it has them, else drawn from the text, standard normal; a mapping gives a quality by principle or
+    ranked) where it has them, else what the text says of itself as `[q=1.5]`, else drawn from the text, standard normal; a
+    mapping gives a quality by principle or
     attribute. ε is drawn for each prompt, so that each rationale, which becomes a part of the prompt, has its own.
     A rating is planted as P(mark m of M) ∝ exp(−(m − c)²/2), c = 1 + (M − 1)·σ(k·q + noise·ε); a ranking sorts by
     k·q + noise·ε (+ Gumbel noise where it is drawn, which makes it Plackett and Luce's), + bias for the first shown.
+
+    A sampled response says its quality, standard normal; a revision says that of what it revises, raised by `step`.
 
     Everything is drawn from `seed` and the request, so that the same request meets the same fate, except `faults`,
     which are drawn anew each time it is sent, as a server's are.
@@ -42,10 +49,11 @@ class MockEngine:
         garbage: float = 0.0,
         faults: float = 0.0,
         logprobs: bool = True,
+        step: float = 1.0,
         latency: float = 0.0,
         spread: float = 1.0,
     ):
-        numbers = {"seed": seed, "k": k, "bias": bias, "noise": noise, "latency": latency, "spread": spread}
+        numbers = {"seed": seed, "k": k, "bias": bias, "noise": noise, "step": step, "latency": latency, "spread": spread}
         shares = {"refuse": refuse, "garbage": garbage, "faults": faults}
         for name, value in (numbers | shares).items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -60,7 +68,7 @@ class MockEngine:
         self.k, self.bias, self.noise = k, bias, noise
         self.refuse, self.garbage, self.faults = refuse, garbage, faults
         self.logprobs, self.latency, self.spread = logprobs, latency, spread
-        self.seed = seed
+        self.seed, self.step = seed, step
         self.identity: dict[str, Any] = {
             "engine": "mock",
             "model": model,
@@ -72,6 +80,7 @@ class MockEngine:
                 "refuse": refuse,
                 "garbage": garbage,
                 "logprobs": logprobs,
+                "step": step,
             },
         }
         self.notes: list[str] = []
@@ -102,8 +111,8 @@ class MockEngine:
         if draw < self.refuse + self.garbage:
             return self._said(request, fate.choice(GARBAGE), tokens)
         spoken = random.Random(digest([self.seed, request.messages, request.sample, request.seed, request.temperature]))
-        if hint.get("form") == "thinking":
-            return Completion(f"Thought {spoken.getrandbits(32)}.", None, None, "stop", None, tokens, 4)
+        if text := self._written(hint, spoken):
+            return Completion(text, None, None, "stop", None, tokens, len(text) // 4, logprob=-len(text) / 4)
         chances = self._chances(hint, request.choices, fate, spoken if request.temperature else None)
         if not request.choices:
             text = self._speak(chances, hint, spoken if request.temperature else None)
@@ -118,6 +127,19 @@ class MockEngine:
         if request.choices and not self.logprobs:
             raise NoLogprobsError("mock engine: no log-probabilities")
         return Completion(text, {} if request.choices else None, None, "stop", None, tokens, len(text) // 4)
+
+    def _written(self, hint: Mapping[str, Any], draw: random.Random) -> str | None:
+        """Free text: a rationale, a sampled response, a critique, or a revision that is better by `step`."""
+        form, text = hint.get("form"), str(hint.get("text", ""))
+        better = f"{PLANTED.sub('', text).strip()} [q={round(self._quality(text) + self.step, 6)}]"
+        texts = {
+            "thinking": f"Thought {draw.getrandbits(32)}.",
+            "sample": f"Sample {draw.getrandbits(32)} [q={round(draw.gauss(), 6)}]",
+            "critique": f"It falls short by {draw.getrandbits(32)}.",
+            "revision": better,
+            "clair": f"{{teacher_reasoning}}: it could be better.\n\n{{corrected_student_solution}}:\n{better}",
+        }
+        return texts.get(str(form))
 
     def _speak(self, chances: dict[str, float], hint: Mapping[str, Any], draw: random.Random | None) -> str:
         likely = max(chances, key=lambda c: chances[c])
@@ -155,6 +177,9 @@ class MockEngine:
         return self.k * (self._quality(text) if planted is None else float(planted))
 
     def _quality(self, text: str) -> float:
+        planted = PLANTED.search(text)
+        if planted:
+            return float(planted[1])
         return random.Random(digest([self.seed, "quality", text])).gauss()
 
 

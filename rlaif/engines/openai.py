@@ -7,11 +7,13 @@ import math
 import os
 import re
 import time
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import openai
 from openai.types.chat import ChatCompletion
+from openai.types.chat.chat_completion import Choice
 
 from rlaif.engines import beginnings, whole_choices
 from rlaif.records import (
@@ -33,6 +35,12 @@ CONTINUING = ("vllm", "sglang")
 TOO_LONG = re.compile(
     r"context.?length|context window|maximum (?:context|model) length|too many tokens|prompt is too long", re.I
 )
+STOPS = 4
+"""The most stop texts that OpenAI takes."""
+
+UNTOLD = -9999.0
+"""What OpenAI reports in place of the log-probability of a token that is not among the most probable."""
+
 TOP_LOGPROBS = (20, 5)
 """How many of the most probable tokens to ask for: OpenAI's limit, then that of servers that give fewer."""
 
@@ -44,6 +52,10 @@ class OpenAIEngine:
     there. `prefill` says whether the server can go on with an assistant's turn that the template began; unless given, it
     is what the model list tells. Where the server gives no log-probabilities, `complete` raises NoLogprobsError and
     a note says so.
+
+    An answer's own log-probability is the sum of what the server reports for its tokens, None (and a note) where it
+    refuses to or leaves one out. OpenAI reports it under the model itself, as vLLM does unless told otherwise; some servers
+    report it after temperature and top_p. They differ, too, in whether they report the end-of-turn token and a stop text's.
 
     Raises: UsageError without key or model, FatalError where the server does not answer or refuses the key.
     """
@@ -76,6 +88,7 @@ class OpenAIEngine:
         self.notes: list[str] = []
         self._prefill = prefill
         self._top = 0  # index into TOP_LOGPROBS; past its end: the server gives none
+        self._sums = True  # whether to ask for the log-probabilities of whole answers
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",
             base_url=self.base_url,
@@ -111,12 +124,13 @@ class OpenAIEngine:
         top = TOP_LOGPROBS[self._top] if self._top < len(TOP_LOGPROBS) else None
         if request.choices and top is None:
             raise NoLogprobsError("the server gives no log-probabilities")
+        arguments = self._arguments(request, top)
         try:
-            answer = await self._client.chat.completions.create(**self._arguments(request, top))
+            answer = await self._client.chat.completions.create(**arguments)
         except openai.BadRequestError as error:
-            if request.choices and "logprobs" in str(error):
+            if "logprobs" in arguments and "logprobs" in str(error):
                 return await self._with_fewer(request, top)
-            raise self._failure(error) from error
+            raise self._too_many_stops(error, request) or self._failure(error) from error
         except openai.OpenAIError as error:
             raise self._failure(error) from error
         except ValueError as error:
@@ -129,7 +143,10 @@ class OpenAIEngine:
 
     async def _with_fewer(self, request: Request, top: int | None) -> Completion:
         """The server refuses `top` log-probabilities: ask for fewer, of this request and all that follow."""
-        if top in TOP_LOGPROBS[self._top : self._top + 1]:  # else another call in flight found out before this one
+        if not request.choices:
+            self._sums = False
+            self._note_no_sums()
+        elif top in TOP_LOGPROBS[self._top : self._top + 1]:  # else another call in flight found out before this one
             self._top += 1
             if self._top == len(TOP_LOGPROBS):
                 self._note_sampled()
@@ -137,6 +154,11 @@ class OpenAIEngine:
 
     def _note_sampled(self) -> None:
         note = "the server gives no log-probabilities: soft labels are the shares of sampled verdicts"
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _note_no_sums(self) -> None:
+        note = "the server does not give the log-probabilities of all answers"
         if note not in self.notes:
             self.notes.append(note)
 
@@ -155,6 +177,10 @@ class OpenAIEngine:
             arguments["seed"] = (request.seed * 1_000_003 + request.sample) % 2**31
         if request.choices:
             arguments |= {"logprobs": True, "top_logprobs": top}
+        elif request.logprob and self._sums:
+            arguments["logprobs"] = True
+        if request.stop and not request.choices:
+            arguments["stop"] = list(request.stop)
         if self._prefill and request.prefix:
             messages.append({"role": "assistant", "content": request.prefix})
             arguments["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
@@ -172,8 +198,10 @@ class OpenAIEngine:
             completion_tokens=usage.completion_tokens if usage else 0,
             cost=getattr(usage, "cost", None),
         )
-        if not request.choices or completion.refusal or completion.finish == "content_filter":
+        if completion.refusal or completion.finish == "content_filter":
             return completion
+        if not request.choices:
+            return self._with_sum(completion, choice) if request.logprob else completion
         first = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
         if first is None or not first.top_logprobs:
             self._top = len(TOP_LOGPROBS)
@@ -190,6 +218,22 @@ class OpenAIEngine:
             completion.completion_tokens,
             completion.cost,
         )
+
+    def _with_sum(self, completion: Completion, choice: Choice) -> Completion:
+        """The completion with its log-probability, where the server reports that of each token."""
+        tokens = choice.logprobs.content if choice.logprobs else None
+        values = [token.logprob for token in tokens or ()]
+        if values and all(isinstance(value, int | float) and value > UNTOLD for value in values):
+            return replace(completion, logprob=math.fsum(values))
+        if completion.text:  # else there may have been no token to report
+            self._note_no_sums()
+        return completion
+
+    def _too_many_stops(self, error: openai.BadRequestError, request: Request) -> FatalError | None:
+        words = self._words(error)
+        if len(request.stop) <= STOPS or "stop" not in words.lower():
+            return None
+        return FatalError(f"the server refuses {len(request.stop)} stop texts (OpenAI takes at most {STOPS}): {words}")
 
     def _failure(self, error: openai.OpenAIError) -> RlaifError:
         """What an SDK error means for the run."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import math
 import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ class _Job:
     future: asyncio.Future[Completion]
 
     @property
-    def kind(self) -> tuple[bool, int, float, float]:
+    def kind(self) -> tuple[bool, int, float, float, tuple[str, ...], bool]:
         """What must be equal for jobs to share a batch."""
         r = self.request
-        return bool(r.choices), r.max_tokens, r.temperature, r.top_p
+        stop, logprob = ((), False) if r.choices else (r.stop, r.logprob)
+        return bool(r.choices), r.max_tokens, r.temperature, r.top_p, stop, logprob
 
     @property
     def size(self) -> int:
@@ -61,7 +63,8 @@ class TransformersEngine:
     padding and room for the answer included, in a thread of their own. A request with choices costs one forward pass,
     less what all prompts begin with, which is computed once; its log-probabilities are over the whole vocabulary. One
     without choices is generated. Each sample is drawn from a source of randomness of its own, so that with a seed it does
-    not depend on the requests beside it, except where rounding tips a close draw (rare in fp32, not in bf16).
+    not depend on the requests beside it, except where rounding tips a close draw (rare in fp32, not in bf16). To ask for
+    an answer's log-probability is such a rounding in bf16, as the model's last layer is then computed in float32.
 
     dtype: `bf16` or `fp32`; bf16 unless given, but fp32 on a CPU that has no instructions for it. device: as torch names
     it; a GPU where there is one. trust_remote_code: run the code that comes with a model.
@@ -259,29 +262,41 @@ class TransformersEngine:
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         request = batch[0].request
         tokens, mask = self._padded([job.ids for job in batch])
+        draw, stops = self._draw(batch), _Stops(self._chat, request.stop, tokens.shape[1])
         settings = hf.GenerationConfig(
             max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
         )
-        out = self._model.generate(
-            tokens,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=[self._draw(batch)],
-            stopping_criteria=[lambda ids, _: torch.full((len(ids),), self._closed, device=ids.device)],
-        )
-        return [self._read(job, ids) for job, ids in zip(batch, out[:, tokens.shape[1] :].tolist(), strict=True)]
+        with _float32_head(self._model) if request.logprob else nullcontext():
+            out = self._model.generate(
+                tokens,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=[draw],
+                stopping_criteria=[stops, lambda ids, _: torch.full((len(ids),), self._closed, device=ids.device)],
+            )
+        answers = out[:, tokens.shape[1] :].tolist()
+        taken = [ids[: stops.lengths.get(row)] for row, ids in enumerate(answers)]
+        logprobs = torch.stack(draw.logprobs, 1).tolist() if draw.logprobs else [None] * len(batch)
+        return [self._read(*each) for each in zip(batch, taken, logprobs, strict=True)]
 
-    def _read(self, job: _Job, ids: list[int]) -> Completion:
-        """What was generated, up to the first end (padding follows it)."""
+    def _read(self, job: _Job, ids: list[int], logprobs: list[float] | None) -> Completion:
+        """What was generated, up to the first end (padding follows it); `logprobs` are its tokens' log-probabilities."""
         end = next((n for n, token in enumerate(ids) if token in self._ends), None)
         ids = ids if end is None else ids[: end + 1]
-        finish = "length" if end is None else "stop"
-        return Completion(self._chat.decode(ids), None, None, finish, None, len(job.ids), len(ids))
+        text = self._chat.decode(ids)
+        cut = before_stop(text, job.request.stop)
+        return Completion(
+            text if cut is None else cut,
+            finish="length" if end is None and cut is None else "stop",
+            prompt_tokens=len(job.ids),
+            completion_tokens=len(ids),
+            logprob=None if logprobs is None else math.fsum(logprobs[: len(ids)]),
+        )
 
     def _draw(self, batch: list[_Job]) -> _Draw:
         r = batch[0].request
         generators = [_generator(job, self._device) for job in batch] if r.temperature else []
-        return _Draw(r.temperature, r.top_p, generators)
+        return _Draw(r.temperature, r.top_p, generators, r.logprob and not r.choices)
 
     @property
     def _pad(self) -> int:
@@ -299,14 +314,23 @@ class TransformersEngine:
 class _Draw:
     """Makes of the logits scores whose argmax is a draw: logits / T + Gumbel noise, each row's noise from its own source.
 
-    At temperature 0 the logits stay as they are.
+    At temperature 0 the logits stay as they are. With `keep`, `logprobs` has for each step the log-probability of each
+    row's token under the logits as they were; a row that has ended goes on adding to it.
     """
 
-    def __init__(self, temperature: float, top_p: float, generators: list[torch.Generator]):
-        self._temperature, self._generators = temperature, generators
+    def __init__(self, temperature: float, top_p: float, generators: list[torch.Generator], keep: bool = False):
+        self._temperature, self._generators, self._keep = temperature, generators, keep
         self._top_p = hf.TopPLogitsWarper(top_p) if top_p < 1 else None
+        self.logprobs: list[torch.Tensor] = []
 
     def __call__(self, ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        scores = self._scores(ids, logits)
+        if self._keep:
+            token = scores.argmax(-1, keepdim=True)  # as whoever asked will choose it
+            self.logprobs.append(logits.float().log_softmax(-1).gather(-1, token)[:, 0])
+        return scores
+
+    def _scores(self, ids: Any, logits: torch.Tensor) -> torch.Tensor:
         if not self._generators:
             return logits
         scores = logits / self._temperature
@@ -316,6 +340,44 @@ class _Draw:
             [torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self._generators, strict=True)]
         )
         return scores - waits.clamp_(min=1e-30).log_()
+
+
+class _Stops:
+    """Ends each row of a generation at the token that completes a stop text; `lengths` are the tokens of rows that it ended.
+
+    ids: the chat's tokens, the answers' from `start` on.
+    """
+
+    def __init__(self, chat: Chat, stop: tuple[str, ...], start: int):
+        self._chat, self._stop, self._start = chat, stop, start
+        # A token is a byte at least; the first of a piece of text may be decoded otherwise than within the whole.
+        self._tail = max((len(text.encode("utf-8", "replace")) for text in stop), default=0) + 8
+        self.lengths: dict[int, int] = {}
+
+    def __call__(self, ids: torch.Tensor, _: Any) -> torch.Tensor:
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        if not self._stop:
+            return ended
+        # To decode whole answers at each token would take time with the square of their lengths.
+        tails = ids[:, max(self._start, ids.shape[1] - self._tail) :].tolist()
+        for row, tail in enumerate(tails):
+            if row not in self.lengths and self._found(tail) and self._found(ids[row, self._start :].tolist()):
+                self.lengths[row] = ids.shape[1] - self._start
+        ended[list(self.lengths)] = True
+        return ended
+
+    def _found(self, ids: list[int]) -> bool:
+        return before_stop(self._chat.decode(ids), self._stop) is not None
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str | None:
+    """The text before the stop text that is complete first, of those complete at once the longest; None without any.
+
+    >>> before_stop("one\\n\\ntwo", ("two", "\\n\\n"))
+    'one'
+    """
+    found = [(place + len(s), place) for s in stop if (place := text.find(s)) >= 0]
+    return text[: min(found)[1]] if found else None
 
 
 def _generator(job: _Job, device: torch.device) -> torch.Generator:

@@ -29,7 +29,8 @@ CLOSING = 20.0
 class VllmEngine:
     """Runs `model`, a folder or a name on the hub or `embedded`, with vLLM; the prefixes that prompts share are cached.
 
-    Log-probabilities are over the whole vocabulary. With a seed, a sample does not depend on the requests beside it,
+    Log-probabilities are over the whole vocabulary, from the logits before temperature and top_p (vLLM's own setting
+    unless told otherwise, `logprobs_mode` raw_logprobs). With a seed, a sample does not depend on the requests beside it,
     except where rounding tips a close draw.
 
     dtype: `bf16` (unless given) or `fp32`. max_model_len: tokens of prompt and answer together; the model's own unless
@@ -98,7 +99,16 @@ class VllmEngine:
         found, floor = None, None
         if request.choices:
             found, floor = _choices(said.logprobs[0], spellings)
-        return Completion(said.text, found, floor, said.finish_reason, None, len(ids), len(said.token_ids))
+        return Completion(
+            said.text,
+            found,
+            floor,
+            said.finish_reason,
+            prompt_tokens=len(ids),
+            completion_tokens=len(said.token_ids),
+            # vLLM adds up the log-probability of each token it generated, those of a stop text and the last one included.
+            logprob=said.cumulative_logprob if request.logprob and not request.choices else None,
+        )
 
     async def close(self) -> None:
         """Give up what is in flight and end vLLM's process."""
@@ -164,6 +174,8 @@ def _parameters(request: Request, ids: list[int], spellings: dict[str, list[int]
         wanted = {"logprob_token_ids": [i for found in spellings.values() for i in found]}
     elif spellings:
         wanted = {"logprobs": TOP_LOGPROBS}
+    else:
+        wanted = _for_whole_answers(request)
     return SamplingParams(
         max_tokens=1 if spellings else request.max_tokens,
         temperature=request.temperature,
@@ -172,6 +184,17 @@ def _parameters(request: Request, ids: list[int], spellings: dict[str, list[int]
         output_kind=RequestOutputKind.FINAL_ONLY,
         **wanted,
     )
+
+
+def _for_whole_answers(request: Request) -> dict[str, Any]:
+    """The arguments for what only requests without choices may ask for."""
+    wanted: dict[str, Any] = {}
+    if request.stop:
+        # Of stop texts that one token completes, vLLM takes the first of the list: the longest, as the other engines do.
+        wanted |= {"stop": sorted(request.stop, key=len, reverse=True), "include_stop_str_in_output": False}
+    if request.logprob:
+        wanted |= {"logprobs": 0}  # of no other tokens than those generated
+    return wanted
 
 
 def _choices(reported: dict[int, Any], spellings: dict[str, list[int]]) -> tuple[dict[str, float], float | None]:
