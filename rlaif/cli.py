@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlaif import __version__
+from rlaif.cli_build import build_app
+from rlaif.cli_check import check, contrast
 from rlaif.options import Answering, BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of
 from rlaif.records import RlaifError, UsageError
 
@@ -459,7 +461,10 @@ def pairs(
 
 @app.command()
 def report(
-    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Labelled files; several are labelers of the same rows.")],
+    outs: Annotated[
+        list[str],
+        typer.Argument(metavar="OUT...", help="Labelled files, several labelers' of the same rows; or one revised file."),
+    ],
     page: Annotated[Path, typer.Option("-o", "--out", help="Where to: .html.")],
     human: Annotated[str | None, typer.Option(metavar="COLUMN", help="Human labels, as for `rlaif align`.")] = None,
     human_values: HumanValues = None,
@@ -467,7 +472,10 @@ def report(
     max_rows: Annotated[int, typer.Option(min=1, help="The most rows to list; failed and wrong ones come first.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap, and of the rows that are drawn.")] = 0,
 ) -> None:
-    """Write one HTML page about labelled files: agreement with humans, plots, cost, and every row with its votes."""
+    """Write one HTML page about labelled files: agreement with humans, plots, cost, and every row with its votes.
+
+    Or about a revised file: what each round and each principle does, cost, and every row with its rounds.
+    """
     from rlaif.report import write_report
 
     values = pairs_of(human_values.split(","), "--human-values") if human_values else None
@@ -512,7 +520,7 @@ def ablate(
         asyncio.run(ablation.run(running.limits, running.bad_rows is BadRows.keep, running.relabel))
     finally:
         if any(run_path(job.out).exists() for job in ablation.jobs().values()):
-            print(ablation.write(ablation.measure(resamples), f"{base.name or 'labeler'} on {Path(data).name}"))
+            print(ablation.write(ablation.measure(resamples), f"{base.name or base.model or base.engine} on {Path(data).name}"))
 
 
 templates_app = typer.Typer(help="List the templates, or show one.", invoke_without_command=True, add_completion=False)
@@ -529,9 +537,9 @@ class Kind(StrEnum):
 def templates(context: typer.Context) -> None:
     """List the templates with what they ask."""
     if context.invoked_subcommand is None:
-        from rlaif.prompts import list_templates, load_template
+        from rlaif.prompts import KINDS, list_templates, load_template
 
-        for kind in Kind:
+        for kind in KINDS:
             print(f"{kind}:")
             for name in list_templates(kind):
                 print(f"  {name:20} {load_template(name, kind).description}")
@@ -554,6 +562,7 @@ def show(
 
 constitution_app = typer.Typer(help="List the constitutions, check or copy one.", add_completion=False)
 app.add_typer(constitution_app, name="constitution")
+app.add_typer(build_app, name="build")
 
 
 @constitution_app.command("list")
@@ -596,6 +605,10 @@ def labelers() -> None:
 
     for name in listed("labelers"):
         print(f"{name:24} {load_labeler(name).description}")
+
+
+app.command()(contrast)
+app.command()(check)
 
 
 if __name__ == "__main__":

@@ -97,21 +97,23 @@ def _pair(row: Row, settings: PairSettings) -> Row:
     chosen, rejected = (row["response_a"], row["response_b"]) if a_is_chosen else (row["response_b"], row["response_a"])
     return {
         "id": row["id"],
-        **_texts(row["prompt"], chosen, rejected, settings.conversational),
+        **texts(row["prompt"], settings.conversational, chosen=chosen, rejected=rejected),
         "soft_label": 1.0 if settings.hard else soft,
         "margin": 2 * soft - 1,
     }
 
 
-def _texts(prompt: Any, chosen: str, rejected: str, conversational: bool) -> dict[str, Any]:
+def texts(prompt: Any, conversational: bool, **responses: str) -> dict[str, Any]:
+    """`prompt` and the responses, under their names, as TRL takes them: texts, or lists of messages.
+
+    >>> texts("Human: Hi", False, completion="Yes?")
+    {'prompt': 'Human: Hi\\n\\nAssistant:', 'completion': ' Yes?'}
+    """
     if not conversational:
         text = as_text(prompt) or ""
         if text.lstrip().startswith(HUMAN.strip()):
             # Trainers put prompt and response together as they are: the turn begins as in hh-rlhf's own dialogues.
-            text, chosen, rejected = text + ASSISTANT, f" {chosen}", f" {rejected}"
-        return {"prompt": text, "chosen": chosen, "rejected": rejected}
-    return {
-        "prompt": as_messages(prompt),
-        "chosen": [{"role": "assistant", "content": chosen}],
-        "rejected": [{"role": "assistant", "content": rejected}],
-    }
+            text, responses = text + ASSISTANT, {name: f" {response}" for name, response in responses.items()}
+        return {"prompt": text, **responses}
+    answers = {name: [{"role": "assistant", "content": response}] for name, response in responses.items()}
+    return {"prompt": as_messages(prompt), **answers}

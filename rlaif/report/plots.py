@@ -11,13 +11,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from statsmodels.stats.proportion import proportion_confint
 
 INK, MUTED, LINE, PAPER = "#1c2128", "#5f6873", "#d5dae0", "#fdfdfc"
-BLUE, ORANGE, GREY = "#2a6db0", "#c0561b", "#9aa3ad"
+BLUE, ORANGE, GREY, RED = "#2a6db0", "#c0561b", "#9aa3ad", "#b02a24"
 
 VARIABLES = {
     INK: "var(--ink)",
@@ -27,6 +28,7 @@ VARIABLES = {
     BLUE: "var(--blue)",
     ORANGE: "var(--orange)",
     GREY: "var(--grey)",
+    RED: "var(--bad)",
 }
 """The colours that plots are drawn in, and the variables of the style sheet that stand for them in the page."""
 
@@ -150,22 +152,45 @@ def positions(name: str, counts: Sequence[tuple[str, tuple[int, int, int]]]) -> 
     legend = ("no position", "the first shown", "the second shown")
     with _drawing():
         figure, axes = _figure(0.95 + 0.34 * len(counts))
-        for place, (_, parts) in enumerate(reversed(counts)):
-            left, whole = 0.0, sum(parts)
-            for part, colour, label in zip(parts, (GREY, BLUE, ORANGE), legend, strict=True):
-                share = part / whole
-                axes.barh(place, share, 0.62, left, color=colour, label=None if place else label, edgecolor=PAPER)
-                if share > 0.09:
-                    ink = INK if colour == GREY else PAPER
-                    axes.text(left + share / 2, place, f"{share:.0%}", ha="center", va="center", fontsize=8, color=ink)
-                left += share
-        axes.set_yticks(range(len(counts)), [_short(labeler) for labeler, _ in reversed(counts)])
+        shares = [(labeler, [part / sum(parts) for part in parts]) for labeler, parts in counts]
+        _stacked(axes, shares, (GREY, BLUE, ORANGE), legend, ".0%")
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the rows judged in both orders")
-        axes.grid(visible=False)
         figure.legend(loc="outside upper left", ncols=3)
-        said = "; ".join(f"{n}: " + ", ".join(f"{w} {p}" for w, p in zip(legend, parts, strict=True)) for n, parts in counts)
-        return _svg(figure, name, f"Position bias: rows by the position that both orders prefer. {said}")
+        return _svg(figure, name, f"Position bias: rows by the position that both orders prefer. {_counts(counts, legend)}")
+
+
+def outcomes(name: str, counts: Sequence[tuple[str, tuple[int, ...]]], legend: Sequence[str]) -> Markup:
+    """For each round of revision, how many rows had which of four outcomes."""
+    with _drawing():
+        figure, axes = _figure(0.95 + 0.34 * len(counts))
+        _stacked(axes, counts, (BLUE, ORANGE, GREY, RED), legend, "d")
+        axes.set_xlim(0, max(sum(parts) for _, parts in counts))
+        axes.set_xlabel("rows")
+        figure.legend(loc="outside upper left", ncols=4)
+        return _svg(figure, name, f"Rounds of revision: rows by outcome. {_counts(counts, legend)}")
+
+
+def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str, what: str, most: float | None) -> Markup:
+    """For each round of revision, the median of some values, their quartiles and where 90 % of them are, from 0 to `most`."""
+    with _drawing():
+        figure, axes = _figure(2.7)
+        said = []
+        for place, (label, values) in enumerate(groups):
+            if not values:
+                continue
+            least, low, median, high, greatest = (float(q) for q in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)))
+            axes.plot([place] * 2, [least, greatest], color=BLUE, linewidth=1.2)
+            axes.plot([place] * 2, [low, high], color=BLUE, linewidth=7)
+            axes.plot([place], [median], "o", color=PAPER, markeredgecolor=BLUE, markeredgewidth=1.6, ms=6.5)
+            said.append(f"{label}: median {median:.6g}, quartiles {low:.6g} and {high:.6g}, of {len(values)}")
+        axes.set_xticks(range(len(groups)), [f"{label}\n{len(values):,}" for label, values in groups])
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.set_ylim(0 if most is None else -0.03 * most, None if most is None else 1.03 * most)
+        axes.set_xlabel("round, texts")
+        axes.set_ylabel(unit)
+        axes.grid(axis="x", visible=False)
+        return _svg(figure, name, f"{what} by round of revision. {'; '.join(said)}")
 
 
 def lengths(name: str, bins: Sequence[tuple[float, int, int, int | None]]) -> Markup:
@@ -220,6 +245,31 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _across(figure: Figure, count: int) -> list[Axes]:
     return list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _stacked(
+    axes: Axes,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    colours: Sequence[str],
+    legend: Sequence[str],
+    form: str,
+) -> None:
+    """A bar for each row, the first at the top, of as many parts as there are colours; those with room say how much."""
+    widest = max(sum(parts) for _, parts in rows)
+    for place, (_, parts) in enumerate(reversed(rows)):
+        left = 0.0
+        for part, colour, label in zip(parts, colours, legend, strict=True):
+            axes.barh(place, part, 0.62, left, color=colour, label=None if place else label, edgecolor=PAPER)
+            if part > 0.09 * widest:
+                ink = INK if colour == GREY else PAPER
+                axes.text(left + part / 2, place, f"{part:{form}}", ha="center", va="center", fontsize=8, color=ink)
+            left += part
+    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)])
+    axes.grid(visible=False)
+
+
+def _counts(rows: Sequence[tuple[str, Sequence[int]]], legend: Sequence[str]) -> str:
+    return "; ".join(f"{n}: " + ", ".join(f"{w} {p}" for w, p in zip(legend, parts, strict=True)) for n, parts in rows)
 
 
 def _dot(axes: Axes, interval: Interval, place: int, colour: str) -> None:
