@@ -202,13 +202,13 @@ class Shingler:
             total += words[place : place + count] * self._weights[place]
         return np.unique(_mixed(total))
 
+    def shingled(self, words: Words) -> Words:
+        """The shingles of one text's words; of fewer than `SHINGLE`, the one of them all."""
+        return self.ngrams(words, min(SHINGLE, len(words)) or 1)
+
     def shingles(self, texts: Iterable[str | None]) -> Words:
         """The shingles of all texts together, none of which reaches from one text into the next."""
-        sets = []
-        for text in texts:
-            if text:
-                words = self.numbers(text)
-                sets.append(self.ngrams(words, min(SHINGLE, len(words)) or 1))
+        sets = [self.shingled(self.numbers(text)) for text in texts if text]
         return (sets[0] if len(sets) == 1 else np.unique(np.concatenate(sets))) if sets else np.empty(0, dtype=np.uint64)
 
 
@@ -331,8 +331,9 @@ class Evaluation:
             return
         self.wheres.append(where)
         self.source_of.append(source)
-        self._index.add(number, self._shingler.shingles([text]))
-        grams.append(self._shingler.ngrams(self._shingler.numbers(text), self.ngram))
+        words = self._shingler.numbers(text)
+        self._index.add(number, self._shingler.shingled(words))
+        grams.append(self._shingler.ngrams(words, self.ngram))
 
     def _sort(self, grams: Sequence[Words]) -> None:
         """N-grams in order with the prompt of each, but for those of a template (see `CROWD`)."""
@@ -348,16 +349,16 @@ class Evaluation:
     def met(self, prompt: str) -> dict[str, list[int]]:
         """Numbers of the evaluation prompts that this one is, is near to, or holds the n-grams of, by the measure's name."""
         same = self._exact.get(fingerprint([prompt]))
-        near = [number for number, _ in self._index.find(self._shingler.shingles([prompt]))]
+        words = self._shingler.numbers(prompt)
+        near = [number for number, _ in self._index.find(self._shingler.shingled(words))]
         return {
             "overlap_exact": [] if same is None else [same],
             "overlap_near": [number for number in near if number != same],
-            "overlap_ngrams": [number for number in self._held(prompt) if number != same],
+            "overlap_ngrams": [number for number in self._held(self._shingler.ngrams(words, self.ngram)) if number != same],
         }
 
-    def _held(self, prompt: str) -> list[int]:
-        """The prompts whose n-grams are in this one to the share `near` or more."""
-        grams = self._shingler.ngrams(self._shingler.numbers(prompt), self.ngram)
+    def _held(self, grams: Words) -> list[int]:
+        """The prompts whose n-grams are among these to the share `near` or more."""
         first, last = np.searchsorted(self._hashes, grams), np.searchsorted(self._hashes, grams, side="right")
         hits = [self._owners[i:j] for i, j in zip(first, last, strict=True) if j > i]
         if not hits:

@@ -50,8 +50,8 @@ METRICS = {
 LEGEND = (
     "Jaccard: words (\\w+, lower-cased) that both responses have, of those that one has; 1 the same words, 0 none in common. "
     "Levenshtein: characters to insert, delete or replace; / length: of the longer response's characters. "
-    "characters, words: how many more the chosen response has, on average. longer: share of the pairs of unequal length whose chosen response has more "
-    "characters. Intervals: 95 %, by resampling prompts."
+    "characters, words: how many more the chosen response has, on average. longer: share of the pairs of unequal length whose "
+    "chosen response has more characters. Intervals: 95 %, by resampling prompts."
 )
 
 Floats = npt.NDArray[np.float64]

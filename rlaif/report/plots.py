@@ -172,7 +172,10 @@ def outcomes(name: str, counts: Sequence[tuple[str, tuple[int, ...]]], legend: S
 
 
 def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str, what: str, most: float | None) -> Markup:
-    """For each round of revision, the median of some values, their quartiles and where 90 % of them are, from 0 to `most`."""
+    """For each round of revision, the median of some values, both quartiles, and the 5th and 95th percentile.
+
+    `most` is the greatest value that there can be, None where there is none.
+    """
     with _drawing():
         figure, axes = _figure(2.7)
         said = []
@@ -186,7 +189,8 @@ def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str,
             said.append(f"{label}: median {median:.6g}, quartiles {low:.6g} and {high:.6g}, of {len(values)}")
         axes.set_xticks(range(len(groups)), [f"{label}\n{len(values):,}" for label, values in groups])
         axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_ylim(0 if most is None else -0.03 * most, None if most is None else 1.03 * most)
+        top = most or 1.03 * axes.get_ylim()[1]
+        axes.set_ylim(-0.03 * top, 1.03 * top)
         axes.set_xlabel("round, texts")
         axes.set_ylabel(unit)
         axes.grid(axis="x", visible=False)
@@ -260,9 +264,10 @@ def _stacked(
         left = 0.0
         for part, colour, label in zip(parts, colours, legend, strict=True):
             axes.barh(place, part, 0.62, left, color=colour, label=None if place else label, edgecolor=PAPER)
-            if part > 0.09 * widest:
+            text = f"{part:{form}}"
+            if part > (0.01 + 0.025 * len(text)) * widest:
                 ink = INK if colour == GREY else PAPER
-                axes.text(left + part / 2, place, f"{part:{form}}", ha="center", va="center", fontsize=8, color=ink)
+                axes.text(left + part / 2, place, text, ha="center", va="center", fontsize=8, color=ink)
             left += part
     axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)])
     axes.grid(visible=False)

@@ -224,7 +224,8 @@ LETTERS = st.text("ab日é\n", max_size=40)
 def test_a_row_ends_at_the_token_that_completes_a_stop_text(texts: list[str], stop: list[str]) -> None:
     rows = [CHAT.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     width = max(map(len, rows))
-    ids = torch.tensor([[1, 2, *row, *[END] * (width - len(row))] for row in rows])
+    prompt = CHAT.tokenizer.encode("ab", add_special_tokens=False)  # in which a stop text is nothing
+    ids = torch.tensor([[*prompt, *row, *[END] * (width - len(row))] for row in rows])
     stops = _Stops(CHAT, tuple(stop), 2)
     for n in range(3, ids.shape[1] + 1):
         ended = stops(ids[:, :n], None).tolist()
