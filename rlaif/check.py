@@ -459,7 +459,7 @@ class Checker:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.form = ""
+        self.source, self.form = "", ""
         self.measures: defaultdict[str, Measure] = defaultdict(Measure)
         self.soft_labels = array("d")
         self._shingler = Shingler()
@@ -476,6 +476,7 @@ class Checker:
 
     def run(self, source: str) -> dict[str, Any]:
         """Check every row of a source; returns what was found, ready for JSON. Raises: as `check` does."""
+        self.source = source
         rows = training_rows(source)
         while batch := list(islice(rows, BATCH)):
             self.form = batch[0][0]
@@ -506,12 +507,16 @@ class Checker:
 
     def _duplicates(self, number: int, example: Example) -> None:
         first = self._seen.setdefault(fingerprint([example.prompt, *example.answers]), number)
-        self._hit("duplicates", first != number, example, f" is {self._wheres[first]}")
+        self._hit("duplicates", first != number, example, f" is {self._place(first)}")
         near = None
         if first == number:
             near = self._index.find_or_add(number, self._shingler.shingles([example.prompt, *example.answers]))
-        other = f" is near {self._wheres[near[0]]}: {near[1]:.2f}" if near else ""
+        other = f" is near {self._place(near[0])}: {near[1]:.2f}" if near else ""
         self._hit("near", near is not None, example, other)
+
+    def _place(self, number: int) -> str:
+        """An earlier row's line, without the file that the example has named already."""
+        return self._wheres[number].removeprefix(f"{self.source} ")
 
     def _overlap(self, example: Example) -> None:
         prompt = example.answers[0] if self.form == "text" and example.prompt is None else example.prompt

@@ -13,7 +13,7 @@ import typer
 from rlaif import __version__
 from rlaif.cli_build import build_app
 from rlaif.cli_check import check, contrast
-from rlaif.options import Answering, BadRows, Comparing, Judging, Reading, Running, grouped, labelled_rows, pairs_of
+from rlaif.options import Answering, BadRows, Comparing, Form, Judging, Reading, Running, grouped, labelled_rows, pairs_of
 from rlaif.records import RlaifError, UsageError
 
 if TYPE_CHECKING:
@@ -56,11 +56,6 @@ def root(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     pass
-
-
-class Form(StrEnum):
-    plain = "plain"
-    conversational = "conversational"
 
 
 class Combine(StrEnum):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rlaif.options import labelled_rows
+from rlaif.options import Form, labelled_rows
 from rlaif.records import RlaifError, Row, UsageError
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 build_app = typer.Typer(
     help="Make a training set, in TRL's columns, from what the other commands made.", no_args_is_help=True, add_completion=False
 )
-
-
-class Form(StrEnum):
-    plain = "plain"
-    conversational = "conversational"
 
 
 class Pairing(StrEnum):

@@ -40,6 +40,11 @@ class ChooseName(StrEnum):
     nearest = "nearest"
 
 
+class Form(StrEnum):
+    plain = "plain"
+    conversational = "conversational"
+
+
 class BadRows(StrEnum):
     stop = "stop"
     keep = "keep"

@@ -123,7 +123,7 @@ def rank_row(name: str, values: list[float], **changes: Any) -> Row:
 
 def test_sl_cai_takes_the_revisions_of_all_rounds(tmp_path: Path) -> None:
     path, out = write_jsonl(tmp_path / "r.jsonl", revisions()), tmp_path / "t.jsonl"
-    assert built("sl-cai", path, "-o", out) == f"{out}: 6 examples of 5 rows; left out: 1 error, 1 refused\n"
+    assert built("sl-cai", path, "-o", out) == f"{out}: 7 examples of 5 rows; left out: 1 error revisions, 1 refused\n"
     made = read_jsonl(out)
     assert columns(made) == ["id", "prompt", "completion", "source"]
     assert [(row["id"], row["completion"], row["source"]) for row in made[:3]] == [
@@ -137,35 +137,38 @@ def test_sl_cai_takes_the_revisions_of_all_rounds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("knobs", "count", "dropped"),
     [
-        ({"rounds": 1}, 3, {"revisions of later rounds": 3}),
-        ({"rounds": 2}, 5, {"revisions of later rounds": 1}),
-        ({"drop_unchanged": True}, 4, {"unchanged revisions": 2}),
-        ({"drop_refusals": True}, 5, {"revisions that decline": 1}),
-        ({"drop_unchanged": True, "drop_refusals": True, "rounds": 2}, 2, {}),
+        ({"rounds": 1}, 4, {"revisions of later rounds": 3}),
+        ({"rounds": 2}, 6, {"revisions of later rounds": 1}),
+        ({"drop_unchanged": True}, 5, {"unchanged revisions": 2}),
+        ({"drop_refusals": True}, 6, {"revisions that decline": 1}),
+        ({"drop_unchanged": True, "drop_refusals": True, "rounds": 2}, 3, {}),
     ],
 )
 def test_sl_cai_leaves_out_what_it_is_told_to(knobs: dict[str, Any], count: int, dropped: dict[str, int]) -> None:
     build = Build()
     assert len(list(revised.sl_cai(revisions(), build, **knobs))) == count
     assert dropped.items() <= build.dropped.items()
-    assert build.dropped["error"] == build.dropped["refused"] == 1
+    assert build.dropped["error revisions"] == build.dropped["refused"] == 1
 
 
 def test_sl_cai_mixes_helpfulness_samples_in(tmp_path: Path) -> None:
-    samples = [{"prompt": f"h{n}", "responses": [f"s{n}.0", f"s{n}.1"], "samples": [], "status": "ok"} for n in range(4)]
+    samples = [
+        {"prompt": f"h{n}", "response": "old", "responses": [f"s{n}.0", f"s{n}.1"], "samples": [], "status": "ok"}
+        for n in range(4)
+    ]
     samples += [{"prompt": "h", "responses": None, "samples": [], "status": "error"}, {"prompt": "g", "response": "plain"}]
     path, mix, out = (tmp_path / name for name in ("r.jsonl", "m.jsonl", "t.jsonl"))
     write_jsonl(path, revisions()), write_jsonl(mix, samples)
-    said = built("sl-cai", path, "-o", out, "--mix", mix, "--ratio", "1.5", "--seed", "3")
+    said = built("sl-cai", path, "-o", out, "--mix", mix, "--ratio", "1.28", "--seed", "3")
     assert said == (
-        f"{out}: 15 examples of 5 rows; left out: 1 error, 1 refused, 1 error in the mix; "
+        f"{out}: 16 examples of 5 rows; left out: 1 error revisions, 1 refused, 1 error in the mix; "
         "9 of the examples are helpfulness samples\n"
     )
     made = read_jsonl(out)
     assert columns(made) == ["id", "prompt", "completion", "source"]
     mixed = [row["completion"] for row in made if row["source"] == "mix"]
     assert Counter(mixed) == Counter([*(f"s{n}.{m}" for n in range(4) for m in (0, 1)), "plain"])  # without replacement
-    with pytest.raises(RlaifError, match=r"helpfulness samples: 9 there, but 12 wanted \(2 for each of 6 examples\)"):
+    with pytest.raises(RlaifError, match=r"helpfulness samples: 9 there, but 14 wanted \(2 for each of 7 examples\)"):
         built("sl-cai", path, "-o", out, "--mix", mix, "--ratio", "2")
     with pytest.raises(UsageError, match="--ratio goes with --mix"):
         built("sl-cai", path, "-o", out, "--ratio", "2")
@@ -193,7 +196,7 @@ def test_rl_cai_adds_human_pairs_with_certain_labels(tmp_path: Path) -> None:
     write_jsonl(mix, [*humans, {"prompt": "h4", "response_a": "x", "response_b": "y", "votes": ["a", "b", "b"]}])
     said = built("rl-cai", path, "-o", out, "--mix", mix, "--human", "votes")
     assert said == (
-        f"{out}: 7 examples of 5 rows; left out: 1 refused, 2 human rows without a preference; "
+        f"{out}: 7 examples of 5 rows; left out: 1 refused, 2 human rows without a usable preference; "
         "3 of the examples are human pairs\n"
     )
     made = read_jsonl(out)
@@ -216,7 +219,7 @@ def test_rl_cai_takes_chosen_and_rejected_dialogues(tmp_path: Path) -> None:
     start = "\n\nHuman: Hi\n\nAssistant:"
     dialogues = [{"chosen": f"{start} Good {n}.", "rejected": f"{start} Bad {n}."} for n in range(6)]
     write_jsonl(path, labels()), write_jsonl(mix, [*dialogues, {"chosen": f"{start} Same.", "rejected": f"{start} Same."}])
-    assert "1 human rows that cannot be compared" in built("rl-cai", path, "-o", out, "--mix", mix)
+    assert "1 human rows without a usable preference" in built("rl-cai", path, "-o", out, "--mix", mix)
     made = [row for row in read_jsonl(out) if row["source"] == "human"]
     assert [(row["prompt"], row["chosen"], row["rejected"]) for row in made] == [
         (start.strip(), f" Good {n}.", f" Bad {n}.") for n in range(6)

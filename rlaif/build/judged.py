@@ -38,10 +38,8 @@ def _human_pairs(rows: Sequence[Row], column: str, build: Build) -> Iterator[Row
 
     for number, (row, votes) in enumerate(zip(rows, human_votes(rows, column), strict=True)):
         label = majority(votes)
-        if row.get("problem"):
-            build.dropped["human rows that cannot be compared"] += 1
-        elif label not in ("a", "b"):
-            build.dropped["human rows without a preference"] += 1
+        if label not in ("a", "b"):
+            build.dropped["human rows without a usable preference"] += 1
         elif usable({**row, "status": "ok"}, build, "response_a", "response_b", among=" (human)"):
             certain = {
                 "status": "ok",

@@ -18,10 +18,11 @@ def sl_cai(
     """Constitutional AI's supervised stage (Bai et al., arXiv 2212.08073, §3): the revisions of all rounds, as answers.
 
     `id`, `prompt`, `completion`, `source` ("round 2"). `rounds`: only those of the first so many. Revisions that change
-    nothing and ones that decline are kept unless told otherwise; a row one of whose rounds failed gives none at all.
+    nothing and ones that decline are kept unless told otherwise. Of a row that ended early, the rounds before count.
     """
     for row in rows:
-        if not usable(row, build, "revisions"):
+        whole = {**row, "status": "ok"} if row["revisions"] else row
+        if not usable(whole, build, "revisions"):
             continue
         for entry in row["revisions"]:
             reason = _left_out(entry, row, rounds, drop_unchanged, drop_refusals)

@@ -80,7 +80,7 @@ def read_answers(source: str, with_id: bool) -> list[Row]:
     identity = ("id",) if with_id else ()
     return read(
         source,
-        lambda row: (*identity, "prompt", "responses" if "responses" in row and "response" not in row else "response"),
+        lambda row: (*identity, "prompt", _answered_in(row)),
         "`rlaif sample`, or rows of prompt and response",
     )
 
@@ -88,14 +88,21 @@ def read_answers(source: str, with_id: bool) -> list[Row]:
 def read_human(source: str, human: str | None) -> tuple[list[Row], str]:
     """Human comparisons, of either form that `rlaif label` reads, and the column of their labels.
 
+    Where `chosen` and `rejected` cannot be compared (they are equal, say), the label is null.
     Raises: UsageError for a missing column, or comparisons without `human`.
     """
     first = next((row for _, row in read_rows(source)), {})
     if "chosen" in first and "response_a" not in first:
-        return [{**item.row, "problem": item.problem} for item in comparisons(source)], "human_label"
+        items = list(comparisons(source))
+        return [{**item.row, **({"human_label": None} if item.problem else {})} for item in items], "human_label"
     if human is None:
         raise UsageError(f"{source}: with response_a and response_b, --human COLUMN tells which one was chosen")
     return read(source, lambda _: ("prompt", "response_a", "response_b", human), "human comparisons"), human
+
+
+def _answered_in(row: Row) -> str:
+    """The column of the row's responses; what `rlaif sample` drew, even where its input had a `response`."""
+    return "responses" if "responses" in row and ("samples" in row or "response" not in row) else "response"
 
 
 def is_ranked(row: Row) -> bool:
@@ -170,7 +177,7 @@ def written(build: Build, name: Any, prompt: Any, **responses: str) -> Row:
 def answers(rows: Iterable[Row], build: Build, among: str) -> Iterator[tuple[Row, str, list[str]]]:
     """Rows that can give examples, each with its name and its responses: one, or all its samples."""
     for place, row in enumerate(rows):
-        column = "response" if "response" in row else "responses"
+        column = _answered_in(row)
         if usable(row, build, column, among=among):
             yield row, str(row.get("id", place)), [row["response"]] if column == "response" else text_list(row)
 

@@ -65,20 +65,24 @@
       " ", make("span", { class: failed ? "failed" : "right", text: of(one, "status") }), " ",
       ...tags(of(one, "unchanged"), of(one, "refusal")), make("span", { class: "soft", text: facts.join(", ") }));
     const error = of(one, "error") ? make("div", { class: "text failed", text: of(one, "error") }) : null;
-    const said = failed ? [raw(one)] : [made(one, before)];
-    return make("section", { class: "round" }, head, error, make("div", { class: "pair" }, ...critique(one), ...said));
+    const said = failed ? failure(one) : [...critique(one), made(one, before)];
+    return make("section", { class: "round" }, head, error, make("div", { class: "pair" }, ...said));
   }
 
   const block = (name, title, ...texts) => make("div", { class: name }, make("h5", { text: title }), ...texts);
 
-  // What the critique says; where the critique itself failed, it is the raw text.
   function critique(one) {
     const said = of(one, "critique");
-    if (said === null || (of(one, "revision") === null && said === of(one, "text"))) return [];
-    return [block("critique", data.principles.length ? "Critique" : "Reasoning", textBlock(said))];
+    return said === null ? [] : [block("critique", data.principles.length ? "Critique" : "Reasoning", textBlock(said))];
   }
 
-  const raw = (one) => block("raw", "Raw text of what failed", textBlock(of(one, "text")));
+  // What failed, as it was said; a critique that failed is there as such too.
+  function failure(one) {
+    const said = of(one, "critique");
+    const first = said !== null && (said === "" || said === of(one, "text"));
+    const raw = block("raw", `${first ? "Critique" : "Revision"}, which failed: raw text`, textBlock(of(one, "text") || null));
+    return first ? [raw] : [...critique(one), raw];
+  }
 
   function made(one, before) {
     const text = of(one, "revision");
@@ -99,7 +103,7 @@
       { title: "status", name: "status", fill: (row) => [statusOf(row)] },
       { title: "rounds", name: "count", fill: (row) => [String(row.rounds.length)] },
       { title: "changed", name: "count", fill: (row) => [make("span", { class: "soft", text: decimals(row.change) })] },
-      { title: "somewhere", name: "differ", fill: (row) => tags(some(row, "unchanged"), some(row, "refusal")) },
+      { title: "revisions", name: "differ", fill: (row) => tags(some(row, "unchanged"), some(row, "refusal")) },
     ],
     width: 36,
     hint: "prompt, responses, critiques, revisions, principles, id",
