@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation clean
+.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -37,6 +37,18 @@ proof-ablation: .venv-vllm/ready
 		--human human_votes --grid small-helpful --engine vllm --model embedded
 	.venv-vllm/bin/rlaif ablate ../shared/data/hh_harmless_half.jsonl.gz -o $(OUT)/ablation-hh --limit 200 \
 		--human human_label --grid small-harmless --engine vllm --model embedded
+
+# First turns of real red-teaming dialogues, answered and revised in two rounds by the embedded model, into a report: 20 minutes.
+FIRST_TURNS = import gzip, json, sys; turns = [json.loads(line)["chosen"].split("\n\nAssistant:")[0].split("\n\nHuman:")[1].strip() \
+	for line in gzip.open(sys.argv[1], "rt")]; [print(json.dumps({"prompt": turn})) for turn in list(dict.fromkeys(turns))[:120]]
+proof-revise: .venv-vllm/ready
+	mkdir -p $(OUT)
+	.venv-vllm/bin/python -c '$(FIRST_TURNS)' ../shared/data/hh_harmless_half.jsonl.gz > $(OUT)/first-turns.jsonl
+	.venv-vllm/bin/rlaif sample $(OUT)/first-turns.jsonl -o $(OUT)/sampled.jsonl --engine vllm --model embedded \
+		--max-tokens 192 --temperature 0.6 --top-p 0.9
+	.venv-vllm/bin/rlaif revise $(OUT)/sampled.jsonl -o $(OUT)/revised.jsonl --method critique --constitution general \
+		--rounds 2 --max-tokens 256 --temperature 0.4 --top-p 0.9 --engine vllm --model embedded
+	.venv-vllm/bin/rlaif report $(OUT)/revised.jsonl -o $(OUT)/revised.html
 
 setup: $(VENV)/ready
 

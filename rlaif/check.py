@@ -24,9 +24,9 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 from rlaif.contrast import WORD, form_of, preference, prompt_of, prompt_text, require, response
-from rlaif.data import SURROGATE, _kind, as_text, read_rows
+from rlaif.data import SURROGATE, as_text, kind_of, read_rows
 from rlaif.evaluate import tables
-from rlaif.evaluate.agreement import _share, estimates
+from rlaif.evaluate.agreement import estimates, share
 from rlaif.records import RlaifError, Row, UsageError
 
 Words = npt.NDArray[np.uint64]
@@ -130,7 +130,7 @@ def _messages(row: Row, where: str) -> Example:
     """A conversation: its last assistant turn is the answer, which is missing where another turn comes last."""
     messages = row["messages"]
     if not isinstance(messages, list) or not messages or as_text(messages) is None:
-        raise UsageError(f"{where}: column 'messages': expected messages with a role and a text, got {_kind(messages)}")
+        raise UsageError(f"{where}: column 'messages': expected messages with a role and a text, got {kind_of(messages)}")
     *before, last = messages
     if last["role"] != "assistant":
         return Example(where, prompt_text(messages), ("",))
@@ -140,7 +140,7 @@ def _messages(row: Row, where: str) -> Example:
 def _plain(row: Row, where: str) -> Example:
     """A text; an hh-rlhf dialogue is split at its last assistant turn."""
     if not isinstance(row["text"], str):
-        raise UsageError(f"{where}: column 'text': expected text, got {_kind(row['text'])}")
+        raise UsageError(f"{where}: column 'text': expected text, got {kind_of(row['text'])}")
     prompt, answer = response({"text": row["text"]}, "text", where)
     return Example(where, None if prompt is None else prompt_text(prompt), (answer,))
 
@@ -560,7 +560,7 @@ class Checker:
             self.measures["imbalance"] = Measure(max(true.count, true.n - true.count), true.n)
         if self._longer:
             hits, prompts = np.array(self._longer, dtype=np.bool_), np.array(self._prompt_of, dtype=np.int64)
-            statistic = _share(hits, np.ones_like(hits))
+            statistic = share(hits, np.ones_like(hits))
             estimate = estimates({"longer": statistic}, prompts, self.settings.resamples, self.settings.seed)["longer"]
             self.measures["longer"].low, self.measures["longer"].high = estimate.low, estimate.high
         for name, limit in self.settings.limits.items():
@@ -633,12 +633,12 @@ def check(source: str, settings: Settings) -> dict[str, Any]:
 
 def render(found: Mapping[str, Any], width: int = 100) -> str:
     """What `check` found as a table, with examples of each measure that has a limit or tells of something wrong."""
-    table = tables._table("measure", "share", "count", "of", "limit", "")
+    table = tables.new_table("measure", "share", "count", "of", "limit", "")
     for own in found["measures"].values():
         limit = "–" if own["limit"] is None else f"{own['limit']:g}"
         verdict = "" if own["limit"] is None else "over" if own["over"] else "ok"
-        table.add_row(own["name"], tables._number(own["value"]), f"{own['count']:,}", f"{own['n']:,}", limit, verdict)
-    parts = [f"{found['train']}: {found['rows']:,} rows, {found['form']}", tables._text(table, width)]
+        table.add_row(own["name"], tables.three(own["value"]), f"{own['count']:,}", f"{own['n']:,}", limit, verdict)
+    parts = [f"{found['train']}: {found['rows']:,} rows, {found['form']}", tables.as_lines(table, width)]
     lines = [*_more(found), *(f"note: {note}" for note in found["notes"])]
     if lines:
         parts.append("\n".join(fill(line, width, subsequent_indent="  ", break_on_hyphens=False) for line in lines))

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from rapidfuzz.distance import Levenshtein
 
-from rlaif.data import _kind, _renamed, _split, as_messages, as_text, atomic, read_rows
+from rlaif.data import as_messages, as_text, atomic, kind_of, read_rows, renamed, split_response
 from rlaif.evaluate import tables
 from rlaif.evaluate.agreement import Statistic, estimates
 from rlaif.records import LABELLED, Row, UsageError
@@ -131,12 +131,12 @@ def preference(row: Row, where: str) -> Pair | None:
 def response(row: Row, column: str, where: str) -> tuple[Any, str]:
     """(prompt, response) of one side, or of any column that holds a text or messages. Raises: as `preference` does."""
     value, prompt = row[column], prompt_of(row, where)
-    found, text = _split(value, prompt)
+    found, text = split_response(value, prompt)
     if text is None and isinstance(value, str):
         return None, value.strip()
     if text is None or (found is not None and as_text(found) is None):
         expected = "text, or messages that end with an assistant's turn"
-        raise UsageError(f"{where}: column '{column}': expected {expected}, got {_kind(value)}")
+        raise UsageError(f"{where}: column '{column}': expected {expected}, got {kind_of(value)}")
     return found, text.strip()
 
 
@@ -144,7 +144,7 @@ def prompt_of(row: Row, where: str) -> Any:
     """The row's prompt, or None where it has none. Raises: UsageError where it is neither text nor messages."""
     prompt = row.get("prompt")
     if prompt is not None and as_text(prompt) is None:
-        raise UsageError(f"{where}: column 'prompt': expected text or messages, got {_kind(prompt)}")
+        raise UsageError(f"{where}: column 'prompt': expected text or messages, got {kind_of(prompt)}")
     return prompt
 
 
@@ -192,7 +192,7 @@ def _pair(row: Row, form: str, where: str) -> Pair | str:
 
 def _text(row: Row, column: str, where: str) -> str:
     if not isinstance(row[column], str):
-        raise UsageError(f"{where}: column '{column}': expected text, got {_kind(row[column])}")
+        raise UsageError(f"{where}: column '{column}': expected text, got {kind_of(row[column])}")
     return str(row[column]).strip()
 
 
@@ -270,7 +270,7 @@ def measure(
 
 def _pairs(source: str, found: Contrast, mapping: Mapping[str, str], split: str | None, limit: int | None) -> Iterator[Pair]:
     for where, raw in islice(read_rows(source, split), limit):
-        row = _renamed(raw, mapping, where)
+        row = renamed(raw, mapping, where)
         found.form = found.form or form_of(row, where, FORMS)
         require(row, FORMS[found.form], where)
         found.rows += 1
@@ -290,9 +290,9 @@ def _counted(counts: Mapping[str, int]) -> str:
 
 def render(found: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     """Two tables with a row a dataset, how far the responses differ and by what length; `found` are `as_dict`'s."""
-    names = tables._names([result["name"] for result in found])
-    differ = tables._table("dataset", "pairs", "Jaccard", "95 %", "median", "Levenshtein", "95 %", "median")
-    length = tables._table("dataset", "/ length", "characters", "95 %", "words", "longer", "95 %", "identical")
+    names = tables.short_names([result["name"] for result in found])
+    differ = tables.new_table("dataset", "pairs", "Jaccard", "95 %", "median", "Levenshtein", "95 %", "median")
+    length = tables.new_table("dataset", "/ length", "characters", "95 %", "words", "longer", "95 %", "identical")
     for name, result in zip(names, found, strict=True):
         own = result["metrics"]
         similarity, distance = own["jaccard"], own["levenshtein"]
@@ -318,7 +318,7 @@ def render(found: Sequence[Mapping[str, Any]], width: int = 100) -> str:
         if result["left_out"]
     ]
     tail = [fill(line, width) for line in (LEGEND, *notes)]
-    return "\n".join([tables._text(differ, width), "", tables._text(length, width), "", *tail])
+    return "\n".join([tables.as_lines(differ, width), "", tables.as_lines(length, width), "", *tail])
 
 
 def _cells(estimate: Mapping[str, Any], digits: int) -> tuple[str, str]:
@@ -372,7 +372,7 @@ def plot(measured: Sequence[Contrast], found: Sequence[Mapping[str, Any]]) -> by
     figure, grid = plt.subplots(
         count, len(PANELS), figsize=(10, 1.1 + 1.25 * count), sharex="col", sharey="col", squeeze=False, layout="constrained"
     )
-    names = tables._names([own.name for own in measured])
+    names = tables.short_names([own.name for own in measured])
     for column, (metric, (title, colour)) in enumerate(PANELS.items()):
         edges = _edges(metric, measured)
         for axes, own, result in zip(grid[:, column], measured, found, strict=True):

@@ -85,7 +85,7 @@ def _object(line: bytes, where: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object with named columns, got {_kind(row)}")
+        raise UsageError(f"{where}: expected a JSON object with named columns, got {kind_of(row)}")
     return row
 
 
@@ -190,7 +190,7 @@ def _rows(
     source: str, mapping: Mapping[str, str] | None, split: str | None, limit: int | None, reserved: tuple[str, ...]
 ) -> Iterator[tuple[int, str, Row]]:
     for number, (where, raw) in enumerate(islice(read_rows(source, split), limit)):
-        row = _renamed(_resumed(raw), mapping or {}, where)
+        row = renamed(_resumed(raw), mapping or {}, where)
         taken = [name for name in reserved if name in row]
         if taken:
             raise UsageError(
@@ -222,7 +222,8 @@ def check(items: Iterable[Item], source: str) -> tuple[int, list[str]]:
     return count, problems
 
 
-def _renamed(row: Row, mapping: Mapping[str, str], where: str) -> Row:
+def renamed(row: Row, mapping: Mapping[str, str], where: str) -> Row:
+    """The row with other column names, {new: old}. Raises: UsageError for a column that is missing, or would be lost."""
     if not mapping:
         return row
     for new, old in mapping.items():
@@ -262,13 +263,13 @@ def _item(
 
 def _prompt_problem(row: Row, prompt: str | None) -> str | None:
     if prompt is None:
-        return f"column 'prompt': expected text or messages, got {_kind(row['prompt'])}"
+        return f"column 'prompt': expected text or messages, got {kind_of(row['prompt'])}"
     return None if prompt.strip() else "column 'prompt' is empty"
 
 
 def _text_problem(row: Row, name: str) -> str | None:
     if not isinstance(row[name], str):
-        return f"column '{name}': expected text, got {_kind(row[name])}"
+        return f"column '{name}': expected text, got {kind_of(row[name])}"
     return None if row[name].strip() else f"column '{name}' is empty"
 
 
@@ -282,7 +283,7 @@ def _pair_problem(row: Row) -> str | None:
 def _list_problem(row: Row) -> str | None:
     texts = row["responses"]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        return f"column 'responses': expected a list of texts, got {_kind(texts)}"
+        return f"column 'responses': expected a list of texts, got {kind_of(texts)}"
     if len(texts) < 2:
         return f"column 'responses': {len(texts)} response{'s' * (len(texts) != 1)}: there is nothing to rank"
     empty = next((n for n, text in enumerate(texts) if not text.strip()), None)
@@ -292,7 +293,8 @@ def _list_problem(row: Row) -> str | None:
     return None if twice is None else f"column 'responses': the one at index {twice} is there twice"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words for a message."""
     names = {
         type(None): "null",
         bool: "true or false",
@@ -306,13 +308,13 @@ def _kind(value: Any) -> str:
 
 def _from_preference(row: Row, seed: int) -> tuple[Row, str | None]:
     """The row with `prompt`, `response_a`, `response_b`, `human_label` taken from `chosen` and `rejected`."""
-    first, chosen = _split(row["chosen"], row.get("prompt"))
-    second, rejected = _split(row["rejected"], row.get("prompt"))
+    first, chosen = split_response(row["chosen"], row.get("prompt"))
+    second, rejected = split_response(row["rejected"], row.get("prompt"))
     problem = None
     for name, response in (("rejected", rejected), ("chosen", chosen)):
         if response is None:
             expected = "a dialogue" if row.get("prompt") is None else "text, or messages"
-            problem = f"column '{name}': expected {expected} ending with an assistant turn, got {_kind(row[name])}"
+            problem = f"column '{name}': expected {expected} ending with an assistant turn, got {kind_of(row[name])}"
         elif not response.strip():
             problem = f"column '{name}': the response is empty"
     if problem is None and first != second:
@@ -325,7 +327,7 @@ def _from_preference(row: Row, seed: int) -> tuple[Row, str | None]:
     return {**row, "prompt": first, "response_a": a, "response_b": b, **human}, problem
 
 
-def _split(answer: Any, prompt: Any) -> tuple[Any, str | None]:
+def split_response(answer: Any, prompt: Any) -> tuple[Any, str | None]:
     """(prompt, response) of one side: a response where there is a prompt, else the dialogue's last assistant turn."""
     if isinstance(answer, list) and answer and all(isinstance(m, dict) for m in answer):
         last = answer[-1]

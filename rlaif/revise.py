@@ -123,7 +123,7 @@ class CritiqueReviser:
             messages, _ = self.template.render("thinking", **values)
             criticised, failure = await _drawn(messages, "", self.drawing, number, {**hint, "form": "critique"}, ask)
             written = criticised.completion_tokens
-            status = failure[0] if failure else _status(criticised)
+            status = failure[0] if failure else _status(criticised, may_be_cut=True)
             if status == "ok" and REFUSAL.match(criticised.text):
                 status = "refused"
             if status != "ok":
@@ -211,11 +211,12 @@ async def _drawn(
         return Completion(""), ("refused", str(error))
 
 
-def _status(said: Completion) -> Status:
-    """A text that was cut off or is empty is none; one that declines may be just what the principle asks for."""
+def _status(said: Completion, may_be_cut: bool = False) -> Status:
+    """An empty text is none, nor is a revision that was cut off; one that declines may be what the principle asks for."""
     if said.refusal or said.finish == "content_filter":
         return "refused"
-    return "unparsed" if said.finish == "length" or not said.text.strip() else "ok"
+    cut = said.finish == "length" and not may_be_cut
+    return "unparsed" if cut or not said.text.strip() else "ok"
 
 
 def _entry(

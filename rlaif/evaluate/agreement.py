@@ -323,7 +323,7 @@ def among(named: Mapping[str, Sequence[Row]], resamples: int = 1000, seed: int =
     measures = {("alpha", "", ""): _alpha(np.sum([_one_hot(codes) for codes in labels.values()], axis=0))}
     for first, second in combinations(names, 2):
         ours, theirs = labels[first], labels[second]
-        measures["agreement", first, second] = _share(ours == theirs, (ours != NONE) & (theirs != NONE))
+        measures["agreement", first, second] = share(ours == theirs, (ours != NONE) & (theirs != NONE))
         measures["kappa", first, second] = _kappa(ours, theirs)
     found = estimates(measures, _prompt_numbers(rows), resamples, seed)
     plain = {key: asdict(estimate) for key, estimate in found.items()}
@@ -585,18 +585,18 @@ def statistics(sample: Sample) -> dict[str, Statistic]:
     labelled, judged, binary = labels != NONE, human != NONE, (human == A) | (human == B)
     right = labels == human
     decided = binary & ((labels == A) | (labels == B)) & ((longer == A) | (longer == B))
-    longer_labeler, longer_human = _share(labels == longer, decided), _share(human == longer, decided)
+    longer_labeler, longer_human = share(labels == longer, decided), share(human == longer, decided)
     return {
-        "accuracy": _share(right, labelled & judged),
-        "accuracy_all": _share(right, judged),
-        "accuracy_no_ties": _share(right, labelled & binary),
-        "coverage": _share(labelled, np.ones_like(labelled)),
+        "accuracy": share(right, labelled & judged),
+        "accuracy_all": share(right, judged),
+        "accuracy_no_ties": share(right, labelled & binary),
+        "coverage": share(labelled, np.ones_like(labelled)),
         "kappa": _kappa(labels, human),
         "alpha": _alpha(sample.votes + _one_hot(labels)),  # the label as one more vote
         "brier": _brier(sample),
         "ece": _ece(sample),
-        "position_bias": _share(sample.position > 0, sample.position != NONE),
-        "first_position": _share(sample.position == 1, sample.position > 0),
+        "position_bias": share(sample.position > 0, sample.position != NONE),
+        "first_position": share(sample.position == 1, sample.position > 0),
         "longer_labeler": longer_labeler,
         "longer_human": longer_human,
         "length_bias": Statistic(longer_labeler.n, lambda w: longer_labeler.of(w) - longer_human.of(w)),
@@ -644,7 +644,7 @@ def calibration(sample: Sample) -> list[Bin]:
     ]
 
 
-def _share(hits: Bools, among: Bools) -> Statistic:
+def share(hits: Bools, among: Bools) -> Statistic:
     rows, hit = np.flatnonzero(among), np.flatnonzero(hits & among)
     return Statistic(len(rows), lambda w: _ratio(float(w[hit].sum()), float(w[rows].sum())))
 

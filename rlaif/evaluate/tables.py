@@ -68,7 +68,7 @@ def render(results: Sequence[Mapping[str, Any]], column: str, width: int = 100) 
 
 def detail(result: Mapping[str, Any], column: str, width: int = 100) -> str:
     """One labeler: its rows by status and human label, and every metric with its interval and meaning."""
-    table = _table("", "value", "95 % interval", "n", says=True)
+    table = new_table("", "value", "95 % interval", "n", says=True)
     for name, (title, says) in METRICS.items():
         table.add_row(title, *_cells(result["metrics"][name]), says)
     for name, estimate in result["human"].items():
@@ -76,19 +76,19 @@ def detail(result: Mapping[str, Any], column: str, width: int = 100) -> str:
             title, says = HUMAN.get(name) or _pair(name)
             table.add_row(title, *_cells(estimate), says)
     heading = [fill(line, width, subsequent_indent="  ") for line in _heading(result["name"], result["counts"], column)]
-    return "\n".join([*heading, "", _text(table, width)])
+    return "\n".join([*heading, "", as_lines(table, width)])
 
 
 def leaderboard(results: Sequence[Mapping[str, Any]], width: int = 100, what: str = "labeler") -> str:
     """Labelers (files, or groups by `what`) and baselines, best first, with a word on rows that differ between labelers."""
-    table = _table(what, "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
+    table = new_table(what, "accuracy, all", "95 % interval", "n", "kappa", "Brier", "ECE", "position", "coverage")
     names = [result["name"] for result in results]
-    names = _names(names) if what == "labeler" else names
+    names = short_names(names) if what == "labeler" else names
     for result, name in zip(results, names, strict=True):
         metrics = result["metrics"]
-        others = (_number(metrics[name]["value"]) for name in ("kappa", "brier", "ece", "position_bias", "coverage"))
+        others = (three(metrics[name]["value"]) for name in ("kappa", "brier", "ece", "position_bias", "coverage"))
         table.add_row(f"({name})" if result["baseline"] else name, *_cells(metrics["accuracy_all"]), *others)
-    return "\n".join([_text(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
+    return "\n".join([as_lines(table, width), "", *(fill(line, width) for line in (*LEGEND, *_notes(results)))])
 
 
 def grouped(found: Mapping[str, Any], field: str, width: int = 100) -> str:
@@ -108,13 +108,13 @@ def among(found: Mapping[str, Any], what: str, width: int = 100) -> str:
     note = "Cohen's kappa of each pair, beyond chance (0 chance, 1 full); –: undefined." + (
         f" The {EXTREMES} pairs that agree least and the {EXTREMES} that agree most." if count > MATRIX else ""
     )
-    return "\n".join([fill(lead, width), "", _text(table, width), "", fill(note, width)])
+    return "\n".join([fill(lead, width), "", as_lines(table, width), "", fill(note, width)])
 
 
 def _matrix(found: Mapping[str, Any]) -> Table:
     names = found["names"]
-    kappas = {frozenset((pair["first"], pair["second"])): _number(pair["kappa"]["value"]) for pair in found["pairs"]}
-    table = _table("kappa", *(str(number) for number in range(1, len(names) + 1)))
+    kappas = {frozenset((pair["first"], pair["second"])): three(pair["kappa"]["value"]) for pair in found["pairs"]}
+    table = new_table("kappa", *(str(number) for number in range(1, len(names) + 1)))
     for number, name in enumerate(names, 1):
         table.add_row(f"{number} {name}", *(kappas.get(frozenset((name, other)), "") for other in names))
     return table
@@ -124,9 +124,9 @@ def _extremes(found: Mapping[str, Any]) -> Table:
     """The pairs with the lowest kappa, then those with the highest; each once, where there are few."""
     known = [pair for pair in found["pairs"] if pair["kappa"]["value"] is not None]
     ranked = sorted(known, key=lambda pair: pair["kappa"]["value"])
-    table = _table("pair", "kappa", "95 % interval", "n", "same label")
+    table = new_table("pair", "kappa", "95 % interval", "n", "same label")
     for pair in [*ranked[:EXTREMES], *ranked[max(EXTREMES, len(ranked) - EXTREMES) :]]:
-        same = _number(pair["agreement"]["value"])
+        same = three(pair["agreement"]["value"])
         table.add_row(f"{pair['first']}, {pair['second']}", *_cells(pair["kappa"]), same)
     return table
 
@@ -140,15 +140,15 @@ def calibrated(found: Mapping[str, Any], column: str, width: int = 100) -> str:
         f"fitted on {fit['rows']} rows of {fit['prompts']} prompts, measured on {test['rows']} rows of {test['prompts']} "
         "others; intervals by resampling prompts",
     ]
-    fitted = _table("", "value", "95 % interval", says=True)
+    fitted = new_table("", "value", "95 % interval", says=True)
     for name, (title, says) in FITTED.items():
         fitted.add_row(title, *_cells(found[name])[:2], says)
-    table = _table("held-out part", *(title for part in PARTS for title in (part, "95 % interval")))
+    table = new_table("held-out part", *(title for part in PARTS for title in (part, "95 % interval")))
     for name, title in CALIBRATED.items():
         table.add_row(title, *(cell for part in PARTS for cell in _cells(found["metrics"][part][name])[:2]))
     tail = [f"note: {note}" for note in found["notes"]]
     text = [fill(line, width, subsequent_indent="  ") for line in (*lines, *tail)]
-    return "\n".join([*text[:2], "", _text(fitted, width), "", _text(table, width), *([""] if tail else []), *text[2:]])
+    return "\n".join([*text[:2], "", as_lines(fitted, width), "", as_lines(table, width), *([""] if tail else []), *text[2:]])
 
 
 def ablation(found: Mapping[str, Any], width: int = 200) -> str:
@@ -159,15 +159,15 @@ def ablation(found: Mapping[str, Any], width: int = 200) -> str:
         table.add_column(head, justify="right" if number else "left", no_wrap=True)
     for result in (*found["cells"], *found["baselines"]):
         metrics, cost = result["metrics"], result.get("cost", {})
-        others = (_number(metrics[name]["value"]) for name in ("accuracy_no_ties", "position_bias", "coverage"))
+        others = (three(metrics[name]["value"]) for name in ("accuracy_no_ties", "position_bias", "coverage"))
         tokens, usd = cost.get("tokens"), cost.get("usd")
         name = f"({result['name']})" if result["baseline"] else result["name"] + ("" if result["complete"] else " (unfinished)")
         prices = ("–" if tokens is None else f"{tokens:,.0f}", "–" if usd is None else f"{usd:.2f}")
         table.add_row(name, *_cells(metrics["accuracy_all"]), *others, *prices)
-    return _text(table, width)
+    return as_lines(table, width)
 
 
-def _names(names: Sequence[str]) -> list[str]:
+def short_names(names: Sequence[str]) -> list[str]:
     """Files by their own names, without folders, where these tell them apart."""
     short = [PurePath(name).name for name in names]
     return short if len(set(short)) == len(short) else list(names)
@@ -201,7 +201,7 @@ def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _table(*columns: str, says: bool = False) -> Table:
+def new_table(*columns: str, says: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
@@ -212,15 +212,16 @@ def _table(*columns: str, says: bool = False) -> Table:
 
 def _cells(estimate: Mapping[str, Any]) -> tuple[str, str, str]:
     low, high = estimate["low"], estimate["high"]
-    interval = "–" if low is None else f"{_number(low)} to {_number(high)}"
-    return _number(estimate["value"]), interval, str(estimate["n"])
+    interval = "–" if low is None else f"{three(low)} to {three(high)}"
+    return three(estimate["value"]), interval, str(estimate["n"])
 
 
-def _number(value: float | None) -> str:
+def three(value: float | None) -> str:
+    """A number with three decimals, never −0; a dash for None."""
     return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
-def _text(table: Table, width: int) -> str:
+def as_lines(table: Table, width: int) -> str:
     """The table as lines without colours or trailing blanks; names are shown as they are, brackets and all."""
     console = Console(file=StringIO(), width=width, color_system=None, markup=False, highlight=False, emoji=False)
     with console.capture() as capture:

@@ -53,9 +53,6 @@ class Output:
     run: dict[str, Any] | None
     groups: dict[str, dict[str, list[Row]]]
 
-    def labels(self) -> list[Label | None]:
-        return [LABELS[code] for code in self.sample.labels]
-
 
 def page(
     outs: Sequence[str],
