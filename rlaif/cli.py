@@ -268,7 +268,7 @@ def sample(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the draws.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: the share of probability kept.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a response.")] = 512,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt, for prompts without one.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a response; may be given several times.")] = None,
     icl: Annotated[
         str | None, typer.Option(metavar="NAME", help="Answer in context, as a base model can: urial, or a template's file.")

@@ -56,7 +56,7 @@ def load_icl(name: str) -> InContext:
 class Sampler:
     """Draws `count` responses a prompt.
 
-    A prompt's turns are sent as a conversation, after `system` where one is given; with `icl` they become one text after its
+    A prompt's turns are sent as a conversation, after `system` where the prompt has no such turn of its own; with `icl` they become one text after its
     preamble and questions with answers, so that a base model can be sampled.
     `unique` leaves out what an earlier response of the row says word for word.
 
@@ -133,7 +133,7 @@ class Sampler:
             exemplars = [e.model_dump() for e in self.icl.answers.exemplars]
             return self.icl.template.render(prompt=item.prompt, row=item.row, exemplars=exemplars)
         turns = as_messages(item.row["prompt"])
-        if self.system:
+        if self.system and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": self.system}, *turns]
         return conversation(turns), ""
 
