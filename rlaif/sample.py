@@ -56,8 +56,8 @@ def load_icl(name: str) -> InContext:
 class Sampler:
     """Draws `count` responses a prompt.
 
-    A prompt's turns are sent as a conversation, after `system` where the prompt has no such turn of its own; with `icl` they become one text after its
-    preamble and questions with answers, so that a base model can be sampled.
+    A prompt's turns are sent as a conversation, after `system` where the prompt has no such turn of its own; with `icl` they
+    become one text after its preamble and questions with answers, so that a base model can be sampled.
     `unique` leaves out what an earlier response of the row says word for word.
 
     Raises: UsageError for settings that do not go together.
