@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -202,7 +203,7 @@ def score(
     job = Job(
         data,
         out,
-        lambda: responses(data, columns, reading.split, reading.limit),
+        partial(responses, data, columns, reading.split, reading.limit),
         labeler.rater(),
         reading.facts(),
         "rating",
@@ -244,7 +245,7 @@ def rank(
     job = Job(
         data,
         out,
-        lambda: response_lists(data, columns, reading.split, reading.limit),
+        partial(response_lists, data, columns, reading.split, reading.limit),
         labeler.ranker(str(method)),
         reading.facts(),
         "ranking",
@@ -285,7 +286,7 @@ def sample(
     ends = tuple(stop or ())
     sampler = Sampler(count, temperature, top_p, max_tokens, system, ends, context, unique, labeler.seed)
     columns = reading.columns
-    items = lambda: data.prompts(prompts, columns, reading.split, reading.limit)  # noqa: E731
+    items = partial(data.prompts, prompts, columns, reading.split, reading.limit)
     (report,) = _run_all([(Job(prompts, out, items, sampler, reading.facts(), "sampling"), labeler)], running)
     counts = [len(row["responses"] or ()) for _, row in data.read_rows(str(out))] if report["rows"] else []
     print(f"{sum(counts)} responses; {sum(n < count for n in counts)} rows have fewer than {count}")
@@ -337,7 +338,7 @@ def revise(
     chosen = {"rounds": rounds, "critique": critique, "shots": shots, "exemplars": exemplars}
     how = reviser(method.value, constitution or labeler.constitution, template, drawing, **chosen)
     columns = reading.columns
-    items = lambda: responses(data, columns, reading.split, reading.limit, RESERVED_REVISE)  # noqa: E731
+    items = partial(responses, data, columns, reading.split, reading.limit, RESERVED_REVISE)
     (report,) = _run_all([(Job(data, out, items, how, reading.facts(), "revising"), labeler)], running)
     if report["rows"]:
         counts = tally(row for _, row in read_rows(str(out)))

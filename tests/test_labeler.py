@@ -13,7 +13,7 @@ import yaml
 
 from rlaif.labeler import Labeler, load_labeler
 from rlaif.options import ChooseName, Comparing, Judging
-from rlaif.prompts import list_templates
+from rlaif.prompts import KINDS, list_templates
 from rlaif.records import UsageError
 from rlaif.yamlfile import listed
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
@@ -274,7 +274,7 @@ def test_the_shipped_labelers_are_listed_with_what_they_are() -> None:
 
 def test_templates_are_listed_by_kind() -> None:
     lines = cli("templates").stdout.splitlines()
-    expected = [w for kind in ("pairwise", "rating", "ranking") for w in (f"{kind}:", *list_templates(kind))]
+    expected = [w for kind in KINDS for w in (f"{kind}:", *list_templates(kind))]
     assert [line.split()[0] for line in lines] == expected
     assert all(len(line.split()) > 1 for line in lines if line.startswith(" "))
 
