@@ -298,12 +298,15 @@ def test_vllm_answers_agree_with_transformers() -> None:
     settings = {"max_tokens": 24, "logprob": True}
     stopped = [user(f"Write one sentence about the {noun}.", stop=(".", ","), **settings) for noun in nouns]
     whole = [user(f"Write one sentence about the {noun}.", **settings) for noun in nouns]
-    # So little temperature that the answer is the greedy one, and would be certain after temperature.
+    # So little temperature that the answer is the greedy one, but for near ties, and would be certain after temperature.
     cold = [user(f"Write one sentence about the {noun}.", temperature=0.01, seed=1, **settings) for noun in nouns]
     plain = user("What is the capital of France?", max_tokens=16)
     *found, said = ask(make_engine("vllm", model="embedded", dtype="fp32"), [*stopped, *whole, *cold, plain], 240)
-    reference = ask(make_engine("embedded", dtype="fp32", device="cpu"), [*stopped, *whole, *whole], 240)
-    for one, other in zip(found, reference, strict=True):
+    reference = ask(make_engine("embedded", dtype="fp32", device="cpu"), [*stopped, *whole], 240)
+    for one, other in zip(found[:12], reference, strict=True):
         assert (one.text, one.finish, one.completion_tokens) == (other.text, other.finish, other.completion_tokens)
         assert one.logprob == pytest.approx(other.logprob, abs=1e-2)
+    same = [(one, other) for one, other in zip(found[12:], reference[6:], strict=True) if one.text == other.text]
+    assert len(same) >= 3
+    assert all(one.logprob == pytest.approx(other.logprob, abs=1e-2) for one, other in same)
     assert said.logprob is None
