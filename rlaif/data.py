@@ -126,6 +126,13 @@ def _dataset_rows(source: str, split: str | None, saved: bool) -> Iterator[tuple
         yield f"{source} row {number}", dict(row)
 
 
+def check_columns(row: Row, columns: Iterable[str], where: str, made_by: str) -> None:
+    """Raises: UsageError naming the place and the column that the row lacks, and what would have made it."""
+    for column in columns:
+        if column not in row:
+            raise UsageError(f"{where}: no column '{column}'; is this an output of {made_by}?")
+
+
 # ---------------------------------------------------------------- comparisons
 
 

@@ -281,7 +281,7 @@ def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
 
     Raises: UsageError naming the place of what is none, or of another kind than the rows before it.
     """
-    from rlaif.data import read_rows
+    from rlaif.data import check_columns, read_rows
     from rlaif.pairs import COMPARED, RANKED, is_ranked
 
     made_by = "`rlaif label` or `rlaif rank`" if or_ranked else "`rlaif label`"
@@ -290,9 +290,7 @@ def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
         ranked = or_ranked and is_ranked(row)
         if or_ranked and rows and ranked != is_ranked(rows[0]):
             raise UsageError(f"{where}: {('a comparison', 'a ranking')[ranked]}, unlike the rows before it")
-        for column in RANKED if ranked else COMPARED:
-            if column not in row:
-                raise UsageError(f"{where}: no column '{column}'; is this an output of {made_by}?")
+        check_columns(row, RANKED if ranked else COMPARED, where, made_by)
         rows.append(row)
     if not rows:
         raise UsageError(f"{name}: no rows")

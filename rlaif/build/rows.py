@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.data import as_text, comparisons, read_rows
+from rlaif.data import as_text, check_columns, comparisons, read_rows
 from rlaif.pairs import COMPARED, PairSettings, texts
 from rlaif.records import LABELLED, RlaifError, Row, UsageError, digest
 
@@ -47,9 +47,7 @@ def read(source: str, columns: Callable[[Row], Sequence[str]], made_by: str) -> 
     """All rows of a source. Raises: UsageError naming file, line and column, where a row lacks one that it must have."""
     rows = []
     for where, row in read_rows(source):
-        for column in columns(row):
-            if column not in row:
-                raise UsageError(f"{where}: no column '{column}'; is this an output of {made_by}?")
+        check_columns(row, columns(row), where, made_by)
         rows.append(row)
     if not rows:
         raise UsageError(f"{source}: no rows")

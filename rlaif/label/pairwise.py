@@ -56,9 +56,6 @@ class PairwiseLabeler:
     clamp: tuple[float, float] | None = None
     calibration: Calibration | None = None
 
-    reserved = ("status", "soft_label", "label", "dispersion", "votes", "error")
-    """The columns that it adds to a row."""
-
     def __post_init__(self) -> None:
         check_bench(self.template, self.bench)
         if self.clamp is None:
@@ -91,7 +88,7 @@ class PairwiseLabeler:
         return _failed([], "error", problem)
 
     async def __call__(self, item: Item, ask: Ask) -> Row:
-        """The preference for one comparison: the columns that `reserved` names; `soft_label` is P(A is better)."""
+        """The preference for one comparison: the columns of `rlaif.data.RESERVED`; `soft_label` is P(A is better)."""
         row = item.row
         drawn = digest([row["prompt"], sorted([row["response_a"], row["response_b"]])])  # the same for swapped responses
         bench = self.bench.sit(drawn) if self.bench else [(None, 1.0)]
