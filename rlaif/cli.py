@@ -14,6 +14,7 @@ import typer
 from rlaif import __version__
 from rlaif.cli_build import build_app
 from rlaif.cli_check import check, contrast
+from rlaif.cli_train import train_app
 from rlaif.options import Answering, BadRows, Comparing, Form, Judging, Reading, Running, grouped, labelled_rows, pairs_of
 from rlaif.records import RlaifError, UsageError
 
@@ -559,6 +560,7 @@ def show(
 constitution_app = typer.Typer(help="List the constitutions, check or copy one.", add_completion=False)
 app.add_typer(constitution_app, name="constitution")
 app.add_typer(build_app, name="build")
+app.add_typer(train_app, name="train")
 
 
 @constitution_app.command("list")

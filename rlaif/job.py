@@ -6,7 +6,7 @@ import asyncio
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -104,8 +104,12 @@ class Job:
     async def _rows(self, runner: Runner, key: str, total: int) -> RlaifError | None:
         keyed = ((_row_key(key, item), item) for item in self.items())
         try:
-            with Progress(total, runner.tally, self.what) as progress:
-                await runner.run(keyed, self.method, progress.update)
+            with Progress(total, self.what) as progress:
+
+                def show() -> None:
+                    progress.update(runner.tally.rows, runner.tally.facts())
+
+                await runner.run(keyed, self.method, show)
         except RlaifError as error:
             return error
         return None
@@ -135,7 +139,7 @@ class Job:
             "statuses": {status: tally.statuses[status] for status in STATUSES},
             "settings": dict(settings),
             **self.facts,
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **versions()},
             "notes": engine.notes,
             "this_run": {
                 "calls": tally.calls,
@@ -181,11 +185,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:12] + "…"
 
 
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for package in packages:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found

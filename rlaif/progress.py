@@ -1,4 +1,4 @@
-"""The progress of long work on stderr: a bar with rate, time left, tokens and cost; plain lines where there is no terminal."""
+"""The progress of long work on stderr: a bar with its facts and the time left; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from rlaif.runner import Tally
-
 EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
 
 
 class Progress:
-    """Shows a run's tally while the `with` block lasts; call `update` after each row."""
+    """Shows how far work is while the `with` block lasts; call `update` after each part of it."""
 
-    def __init__(self, total: int, tally: Tally, what: str = "labelling"):
-        self.total, self.tally, self.what = total, tally, what
+    def __init__(self, total: int, what: str):
+        self.total, self.what = total, what
         self._console = Console(stderr=True)
-        self._last = time.monotonic()
+        self._begun = self._last = time.monotonic()
+        self._first: int | None = None
+        self._done, self._facts = 0, ""
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -39,34 +39,25 @@ class Progress:
             self._bar.start()
         return self
 
-    def update(self) -> None:
+    def update(self, done: int, facts: str) -> None:
+        """`done` of the total are finished; `facts` say what they came to."""
+        if self._first is None:
+            self._first = done  # what an earlier run had done says nothing of this one's speed
+        self._done, self._facts = done, facts
         if self._bar:
-            self._bar.update(self._task, completed=self.tally.rows, facts=self._facts())
+            self._bar.update(self._task, completed=done, facts=facts)
         elif time.monotonic() - self._last >= EVERY:
             self._last = time.monotonic()
             self._line()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar:
-            self.update()
             self._bar.stop()
         else:
             self._line()
 
     def _line(self) -> None:
-        left = self.total - self.tally.rows
-        until = f" · {left / self.tally.rate:.0f} s left" if left and self.tally.rate else ""
-        print(f"{self.what} {self.tally.rows}/{self.total} · {self._facts()}{until}", file=sys.stderr, flush=True)
-
-    def _facts(self) -> str:
-        tally = self.tally
-        failures = tally.rows - tally.statuses["ok"] - tally.statuses["tie"]
-        parts = [
-            f"{tally.rate:.1f} rows/s",
-            f"{tally.prompt_tokens + tally.completion_tokens:,} tokens",
-        ]
-        if tally.cost:
-            parts.append(f"${tally.cost:.4f}")
-        if failures:
-            parts.append(f"{failures} without label")
-        return " · ".join(parts)
+        made, left = self._done - (self._first or 0), self.total - self._done
+        seconds = time.monotonic() - self._begun
+        until = f" · {left * seconds / made:.0f} s left" if left and made else ""
+        print(f"{self.what} {self._done}/{self.total} · {self._facts}{until}", file=sys.stderr, flush=True)

@@ -108,6 +108,16 @@ class Tally:
         """Rows a second, of those that this run worked on."""
         return (self.rows - self.found) / max(self.seconds, 1e-9)
 
+    def facts(self) -> str:
+        """Rate, tokens, cost and failures, in a few words."""
+        failures = self.rows - self.statuses["ok"] - self.statuses["tie"]
+        parts = [f"{self.rate:.1f} rows/s", f"{self.prompt_tokens + self.completion_tokens:,} tokens"]
+        if self.cost:
+            parts.append(f"${self.cost:.4f}")
+        if failures:
+            parts.append(f"{failures} without label")
+        return " · ".join(parts)
+
 
 class Runner:
     """Runs a method over rows. One runner serves one run.

@@ -1,0 +1,55 @@
+"""`rlaif train KIND CONFIG.yaml`: one thin command a kind. Heavy packages are imported inside, as in rlaif/cli.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+train_app = typer.Typer(
+    help="Train on the labels: supervised fine-tuning, reward models, DPO and its family, KTO.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, a YAML file.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; lora.r=8 reaches inside one.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
+
+
+@train_app.command()
+def sft(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """Supervised fine-tuning, or context distillation (arXiv 2112.00861)."""
+    _train("sft", config, changes, resume)
+
+
+@train_app.command()
+def reward(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """A reward model from soft or hard labels, rankings, or margins (arXiv 2309.00267, 2203.02155, 2307.09288)."""
+    _train("reward", config, changes, resume)
+
+
+@train_app.command()
+def dpo(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """Preference optimization: dpo, ipo, apo_zero, simpo, orpo … under one setting, `loss` (arXiv 2305.18290)."""
+    _train("dpo", config, changes, resume)
+
+
+@train_app.command()
+def kto(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """KTO on single responses, desirable or not (arXiv 2402.01306)."""
+    _train("kto", config, changes, resume)
+
+
+def _train(kind: str, path: Path, changes: list[str] | None, resume: bool) -> None:
+    from rlaif.train.config import load_config
+
+    config = load_config(kind, path, changes or [])
+    from rlaif.train.run import run
+
+    report = run(kind, config, resume)
+    steps = sum(part["steps"] for part in report["parts"])
+    print(f"{config.out}/model: {steps:,} steps in {report.get('wall_seconds', 0):,.0f} s")

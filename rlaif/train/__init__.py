@@ -1,0 +1,1 @@
+"""Training on the labels: supervised fine-tuning, reward models, the DPO family, KTO. TRL carries it."""

@@ -1,0 +1,404 @@
+"""A training run: its folder, its parts (stages and members), each from its newest complete checkpoint, and what it leaves.
+
+OUT/config.yaml    the settings        OUT/metrics.jsonl   a line each time the trainer logs
+OUT/run.json       what was done       OUT/plots/          the metrics as pictures
+OUT/model/         the model           OUT/parts/NAME/     checkpoints, and the models that later parts begin from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from rlaif.data import atomic
+from rlaif.job import versions
+from rlaif.records import Row, UsageError
+from rlaif.runner import StoppedError
+from rlaif.train.config import Training
+from rlaif.train.data import Encode, Rows, encoder, fitting, held_out
+
+PACKAGES = ("rlaif", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trainer's work: a stage, of one member of an ensemble. `model` is what it begins from, `folder` its own."""
+
+    name: str
+    config: Any
+    model: str
+    folder: Path
+    seed: int
+    tokenizer: Any
+    train: Rows
+    held: Rows | None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peft(self) -> Any:
+        """The adapters' settings; None for full fine-tuning."""
+        lora = self.config.lora
+        if lora is None:
+            return None
+        from peft import LoraConfig
+
+        targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+        return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+
+    def settings(self, kind: type[Any], **own: Any) -> Any:
+        """TRL's config of this kind. Raises: UsageError for a field of `trainer` that it has not, or that is ours to set."""
+        known = {own.name for own in fields(kind)}
+        for name in self.config.trainer:
+            if name not in known:
+                raise UsageError(f"trainer.{name}: {kind.__name__} has no such field")
+            if name in self.arguments or name in own:
+                raise UsageError(f"trainer.{name}: is set by a field of its own")
+        return kind(
+            **{k: v for k, v in {**self.arguments, **own}.items() if k in known and v is not None}, **self.config.trainer
+        )
+
+
+class Kind(Protocol):
+    """A module for each kind of training."""
+
+    def read(self, config: Any) -> tuple[Rows, Rows | None]:
+        """The rows to train on, and those held out. Raises: UsageError naming the place of what is wrong."""
+        ...
+
+    def responses(self, row: Row) -> list[str]:
+        """The columns of a row's responses."""
+        ...
+
+    def trainer(self, part: Part) -> Any:
+        """A transformers Trainer, ready to train."""
+        ...
+
+    def finish(self, run: Run, out: Path) -> dict[str, Any]:
+        """Complete the model folder, before it takes its place, and say what was measured."""
+        ...
+
+
+@dataclass
+class Run:
+    """A run over all its parts."""
+
+    kind: str
+    config: Any
+    resume: bool = False
+    rows: dict[str, tuple[Rows, Rows | None]] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    models: dict[str, Path] = field(default_factory=dict)
+    """Each member's last model; under the name "" where there is one member."""
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.config.out)
+        self.module: Kind = import_module(f"rlaif.train.{MODULES[self.kind]}")
+        self.main = int(os.environ.get("RANK", "0")) == 0
+        self.started = time.monotonic()
+
+    @property
+    def model(self) -> Path:
+        return self.out / "model"
+
+    def train(self) -> dict[str, Any]:
+        """Train all parts, or what is left of them; returns what `run.json` holds.
+
+        Raises: UsageError for bad data or settings, before a model is loaded; StoppedError where it was interrupted.
+        """
+        stages = self.config.each_stage()
+        for number, stage in enumerate(stages, 1):
+            self.rows[f"stage-{number}"] = self.module.read(stage)
+        report = self._open()
+        if report:
+            return report
+        tokenizer = load_tokenizer(self.config)
+        encode = encoder(tokenizer)
+        self.rows = {name: self._fitting(found, encode) for name, found in self.rows.items()}
+        members = getattr(self.config, "ensemble", 1)
+        for member in range(members):
+            model = model_path(self.config.model)
+            for number, stage in enumerate(stages, 1):
+                own = f"member-{member + 1}" if members > 1 else ""
+                name = "/".join(part for part in (own, f"stage-{number}" if len(stages) > 1 else "") if part) or "train"
+                folder, (train, held) = self.out / "parts" / name, self.rows[f"stage-{number}"]
+                model = str(self._part(Part(name, stage, model, folder, stage.seed + member, tokenizer, train, held)))
+            self.models[own] = Path(model)
+        return self._close()
+
+    def _fitting(self, found: tuple[Rows, Rows | None], encode: Encode) -> tuple[Rows, Rows | None]:
+        train, held = (
+            rows and fitting(rows, self.module.responses(rows.rows[0]), self.config.max_length, encode) for rows in found
+        )
+        assert train
+        return train, held
+
+    # ------------------------------------------------------------ the folder
+
+    def _open(self) -> dict[str, Any] | None:
+        """Make or check the folder; the report of a run that is finished already."""
+        stored, settings = self.out / "config.yaml", self.config.model_dump(mode="json")
+        if not self.main:
+            return None
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out}: is a file; out is a folder")
+        if stored.exists():
+            before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+            changed = [name for name in settings if settings[name] != before.get(name)]
+            if not self.resume:
+                raise UsageError(f"{self.out} holds a run already: --resume goes on with it, or choose another out")
+            if changed:
+                raise UsageError(f"{self.out} was begun with other settings ({', '.join(changed)}): choose another out")
+            if self.model.is_dir() and (self.out / "run.json").exists():
+                report: dict[str, Any] = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+                self._same_data(report)
+                return report
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise UsageError(f"{self.out}: the folder is not empty, and holds no run")
+        elif self.resume:
+            raise UsageError(f"{self.out}: there is no run to resume")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with atomic(stored) as temporary:
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return None
+
+    def _same_data(self, report: Mapping[str, Any]) -> None:
+        now = {name: train.facts()["sha256"] for name, (train, _) in self.rows.items()}
+        before = {name: report["data"][name]["train"]["sha256"] for name in report["data"]}
+        if now != before:
+            raise UsageError(f"{self.out}: the data has changed since: choose another out")
+
+    def _close(self) -> dict[str, Any]:
+        """Put the model into its place, and write what was done."""
+        report: dict[str, Any] = {
+            "kind": self.kind,
+            "settings": self.config.model_dump(mode="json"),
+            "data": {
+                name: {"train": train.facts(), "held_out": held.facts() if held else None}
+                for name, (train, held) in self.rows.items()
+            },
+            "parts": self.parts,
+            "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+        }
+        if self.main:
+            with building(self.model) as folder:
+                for name, made in self.models.items():
+                    shutil.copytree(made, folder / name, copy_function=link, dirs_exist_ok=True)
+                report["evaluation"] = self.module.finish(self, folder)
+            from rlaif.train.card import write_card
+            from rlaif.train.curves import write_curves
+
+            report["wall_seconds"] = round(time.monotonic() - self.started, 1)
+            report["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            write_curves(self.out / "metrics.jsonl", self.out / "plots")
+            write_card(self.model / "README.md", report)
+            with atomic(self.out / "run.json") as temporary:
+                temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            shutil.rmtree(self.out / "parts")
+        return report
+
+    # ------------------------------------------------------------ a part
+
+    def _part(self, part: Part) -> Path:
+        """Train a part, unless that is done; returns the folder of its model."""
+        from transformers import PrinterCallback
+
+        from rlaif.train.checkpoints import Checkpoints, newest
+        from rlaif.train.record import Recorder
+
+        model = part.folder / "model"
+        done = part.folder / "done.json"
+        if not done.exists():
+            part.arguments.update(arguments(part))
+            trainer = self.module.trainer(part)
+            checkpoints, recorder = Checkpoints(), Recorder(self.out / "metrics.jsonl", part.name)
+            trainer.remove_callback(PrinterCallback)
+            trainer.add_callback(recorder)
+            trainer.add_callback(checkpoints)
+            start = newest(part.folder / "checkpoints")
+            begun = time.monotonic()
+            try:
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+            finally:
+                recorder.close()
+                checkpoints.restore()
+            if checkpoints.stopped and trainer.state.global_step < trainer.state.max_steps:
+                raise StoppedError(f"{self.out}: stopped at step {trainer.state.global_step}; --resume goes on from there")
+            figures = {"steps": trainer.state.global_step, "seconds": round(time.monotonic() - begun, 1)}
+            save_model(trainer, part, model, self.main)
+            if self.main:
+                with atomic(done) as temporary:
+                    temporary.write_text(json.dumps({"name": part.name, **figures}), encoding="utf-8")
+                shutil.rmtree(part.folder / "checkpoints", ignore_errors=True)
+            trainer.accelerator.wait_for_everyone()
+            free(trainer)
+        self.parts.append(json.loads(done.read_text(encoding="utf-8")))
+        return model
+
+
+MODULES = {"sft": "sft", "reward": "reward", "dpo": "preference", "kto": "preference"}
+
+
+def run(kind: str, config: Training, resume: bool = False) -> dict[str, Any]:
+    """Train a model of this kind (`sft`, `reward`, `dpo`, `kto`) as its config says; returns what `run.json` holds.
+
+    Raises: UsageError for bad settings or data, before a model is loaded; FatalError where a model cannot be loaded;
+    StoppedError where it was interrupted, after a checkpoint.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers say what they train, unless told not to
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet()
+    return Run(kind, config, resume).train()
+
+
+# ---------------------------------------------------------------- what every kind needs
+
+
+def read_both(config: Any, read: Callable[[str, int | None], Rows]) -> tuple[Rows, Rows | None]:
+    """The rows of `data`, and those of `eval` or the share of `data` that is held out."""
+    train = read(config.data, config.limit)
+    if config.eval:
+        return train, read(config.eval, None)
+    return held_out(train, config.eval_share, config.seed)
+
+
+def model_path(name: str) -> str:
+    """What transformers loads a model by. Raises: FatalError where the embedded model is missing."""
+    if name != EMBEDDED:
+        return name
+    from rlaif.engines.embedded import embedded_model
+
+    return str(embedded_model())
+
+
+def load_tokenizer(config: Any) -> Any:
+    from rlaif.engines.chat import load_tokenizer as load
+
+    tokenizer = load(model_path(config.model), config.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def arguments(part: Part) -> dict[str, Any]:
+    """The fields that all of TRL's configs share, from ours."""
+    import torch
+
+    config = part.config
+    gpu = config.device == "auto" and torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    a_step = config.batch_size * config.accumulate * world
+    steps = config.max_steps or max(1, int(config.epochs * -(-len(part.train.rows) // a_step)))
+    return {
+        "output_dir": str(part.folder / "checkpoints"),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulate,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "bf16": config.dtype == "bf16" or (config.dtype == "auto" and gpu),
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "seed": part.seed,
+        "data_seed": part.seed,
+        "logging_steps": config.log_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps or max(1, -(-steps // 10)),
+        "save_total_limit": config.keep,
+        "eval_strategy": "steps" if part.held and config.eval_steps else "no",
+        "eval_steps": config.eval_steps,
+        "report_to": list(config.report_to) or "none",
+        "disable_tqdm": True,
+        "trust_remote_code": config.trust_remote_code,
+        "max_length": config.max_length,
+    }
+
+
+def save_model(trainer: Any, part: Part, folder: Path, main: bool) -> None:
+    """Write the model, adapters merged into it, with its tokenizer; the folder appears whole or not at all."""
+    lora = part.config.lora
+    target = folder.with_name(f".{folder.name}.tmp")
+    if main:
+        shutil.rmtree(target, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    if lora and lora.merge:
+        if main:
+            merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+            merged.save_pretrained(target)
+    else:
+        trainer.save_model(str(target))  # gathers what other processes hold
+    if main:
+        part.tokenizer.save_pretrained(target)
+        (target / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all it says is in run.json
+        shutil.rmtree(folder, ignore_errors=True)
+        target.rename(folder)
+
+
+class building:  # noqa: N801
+    """A folder beside `folder` that takes its place only when the block ends well."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.temporary = folder, folder.with_name(f".{folder.name}.tmp")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.temporary.rename(self.folder)
+        else:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+
+def link(source: str, target: str) -> None:
+    """The same file under another name, where the disk can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def free(trainer: Any) -> None:
+    """Let go of a trainer's model and optimizer, for the next part needs the memory."""
+    import gc
+
+    import torch
+
+    trainer.model = trainer.optimizer = trainer.model_wrapped = trainer.ref_model = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def quiet() -> None:
+    """Libraries' own progress bars and remarks, which would tear ours apart."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
