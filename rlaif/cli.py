@@ -14,8 +14,21 @@ import typer
 from rlaif import __version__
 from rlaif.cli_build import build_app
 from rlaif.cli_check import check, contrast
+from rlaif.cli_reward import reward_app
 from rlaif.cli_train import train_app
-from rlaif.options import Answering, BadRows, Comparing, Form, Judging, Reading, Running, grouped, labelled_rows, pairs_of
+from rlaif.options import (
+    Answering,
+    BadRows,
+    Comparing,
+    Form,
+    Judging,
+    Reading,
+    Running,
+    grouped,
+    labelled_rows,
+    pairs_of,
+    say_report,
+)
 from rlaif.records import RlaifError, UsageError
 
 if TYPE_CHECKING:
@@ -157,7 +170,7 @@ def _label_together(
     for name, weight in weights.items():
         print(f"{name}: weight {weight.weight:.3f}, accuracy {weight.accuracy:.3f} on {weight.n} calibration rows")
     print(tables.among(among, "labelers"))
-    _say_report(report, out)
+    say_report(report, out)
 
 
 def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str, Any]]:
@@ -174,7 +187,7 @@ def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str
 
 
 def _run(job: Job, labeler: Labeler, running: Running) -> None:
-    _say_report(_run_all([(job, labeler)], running)[0], job.out)
+    say_report(_run_all([(job, labeler)], running)[0], job.out)
 
 
 @app.command()
@@ -255,7 +268,7 @@ def rank(
     cycles = [row["cycles"] for _, row in read_rows(str(out)) if row["cycles"] is not None] if report["rows"] else []
     if cycles:
         print(f"{sum(cycles)} cycles (a beats b beats c beats a), in {sum(map(bool, cycles))} of {len(cycles)} rows")
-    _say_report(report, out)
+    say_report(report, out)
 
 
 @app.command()
@@ -291,7 +304,7 @@ def sample(
     (report,) = _run_all([(Job(prompts, out, items, sampler, reading.facts(), "sampling"), labeler)], running)
     counts = [len(row["responses"] or ()) for _, row in data.read_rows(str(out))] if report["rows"] else []
     print(f"{sum(counts)} responses; {sum(n < count for n in counts)} rows have fewer than {count}")
-    _say_report(report, out)
+    say_report(report, out)
 
 
 class Revising(StrEnum):
@@ -344,28 +357,7 @@ def revise(
     if report["rows"]:
         counts = tally(row for _, row in read_rows(str(out)))
         print(f"{counts['rounds']} revisions: {counts['unchanged']} unchanged, {counts['refusal']} decline")
-    _say_report(report, out)
-
-
-def _say_report(report: dict[str, Any], out: Path) -> None:
-    """One line on what was made; exit code 1 where rows met an error, for they wait for the next run."""
-    from rlaif.data import run_path
-
-    counts = ", ".join(f"{count} {status}" for status, count in report["statuses"].items() if count)
-    of = report.get("of_rows", report["rows"])
-    print(f"{out}: {report['rows']} of {of} rows ({counts}); settings and counts in {run_path(out)}")
-    for note in report.get("notes", ()):
-        print(f"note: {note}")
-    errors = report["statuses"]["error"]
-    if errors:
-        where, why = _first_error(out)
-        raise RlaifError(f"{errors} rows met an error, and are tried again by the same command; the first, {where}: {why}")
-
-
-def _first_error(out: Path) -> tuple[str, str]:
-    from rlaif.data import read_rows
-
-    return next((where, row["error"]) for where, row in read_rows(str(out)) if row["status"] == "error")
+    say_report(report, out)
 
 
 @app.command()
@@ -432,6 +424,7 @@ def calibrate(
 
 @app.command()
 def pairs(
+    context: typer.Context,
     labelled: Annotated[str, typer.Argument(metavar="OUT", help="A labelled or a ranked file.")],
     train: Annotated[Path, typer.Option("-o", "--out", help="Where to: .jsonl, .jsonl.gz or .parquet.")],
     min_confidence: Annotated[float, typer.Option(min=0.5, max=1.0, help="The least P(chosen is better).")] = 0.5,
@@ -442,6 +435,7 @@ def pairs(
     """Make a training set in TRL's preference columns: prompt, chosen, rejected, with soft_label and margin."""
     from rlaif.data import check_output, write_rows
     from rlaif.pairs import PairSettings, training_pairs
+    from rlaif.provenance import write_run
 
     check_output(train)
     if train.resolve() == Path(labelled).resolve():
@@ -453,6 +447,8 @@ def pairs(
     if not made:
         raise RlaifError(f"{labelled}: no row gives a pair ({dropped})")
     write_rows(train, lambda: made)
+    counts: Any = {"rows": len(rows), "examples": len(made), "left_out": settings.dropped}
+    write_run(train, "rlaif pairs", context.params, [labelled], **counts)
     print(f"{train}: {len(made)} pairs of {len(rows)} rows" + (f"; left out: {dropped}" if dropped else ""))
 
 
@@ -561,6 +557,7 @@ constitution_app = typer.Typer(help="List the constitutions, check or copy one."
 app.add_typer(constitution_app, name="constitution")
 app.add_typer(build_app, name="build")
 app.add_typer(train_app, name="train")
+app.add_typer(reward_app, name="reward")
 
 
 @constitution_app.command("list")

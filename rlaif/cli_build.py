@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from itertools import pairwise
 from math import inf
@@ -55,21 +55,27 @@ def _check(out: Path, sources: Iterable[str | None]) -> None:
         raise UsageError(f"{out}: the training set would overwrite what it is made from")
 
 
-def _finish(out: Path, source: str, examples: Iterable[Row], rows: int, build: Build) -> None:
-    """Write the examples and say how many, and what was left out. Raises: RlaifError where there are none."""
+def _finish(
+    context: typer.Context, out: Path, sources: Sequence[str | None], examples: Iterable[Row], rows: int, build: Build
+) -> None:
+    """Write the examples and their run file; say how many, and what was left out. Raises: RlaifError where there are none."""
     from rlaif.data import write_rows
+    from rlaif.provenance import write_run
 
     made = list(examples)
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in build.dropped.items() if count)
     if not made:
-        raise RlaifError(f"{source}: no row gives an example" + (f" ({dropped})" if dropped else ""))
+        raise RlaifError(f"{sources[0]}: no row gives an example" + (f" ({dropped})" if dropped else ""))
     write_rows(out, lambda: made)
+    made_by = f"rlaif build {context.info_name}"
+    write_run(out, made_by, context.params, sources, rows=rows, examples=len(made), left_out=build.dropped)
     left_out = [f"left out: {dropped}"] if dropped else []
     print("; ".join([f"{out}: {len(made):,} examples of {rows:,} rows", *left_out, *build.notes]))
 
 
 @build_app.command("sl-cai")
 def sl_cai(
+    context: typer.Context,
     revisions: Revised,
     out: Out,
     rounds: Annotated[int | None, typer.Option(min=1, help="Only the first N rounds' revisions.")] = None,
@@ -91,11 +97,12 @@ def sl_cai(
     made = list(revised.sl_cai(rows, build, rounds, drop_unchanged, drop_refusals))
     if mix and made:
         made = revised.with_helpful(made, read_answers(mix, with_id=False), build, 1.0 if ratio is None else ratio)
-    _finish(out, revisions, made, len(rows), build)
+    _finish(context, out, [revisions, mix], made, len(rows), build)
 
 
 @build_app.command("rl-cai")
 def rl_cai(
+    context: typer.Context,
     labelled: Labelled,
     out: Out,
     mix: Annotated[str, typer.Option(metavar="FILE", help="Human pairs: chosen and rejected, or response_a, response_b.")],
@@ -112,32 +119,35 @@ def rl_cai(
     build = _begin(out, labelled, mix, form=form, seed=seed)
     rows = labelled_rows(labelled)
     pairs, column = read_human(mix, human)
-    _finish(out, labelled, judged.rl_cai(rows, pairs, column, build, ratio, drop_ties), len(rows), build)
+    _finish(context, out, [labelled, mix], judged.rl_cai(rows, pairs, column, build, ratio, drop_ties), len(rows), build)
 
 
 @build_app.command()
-def clair(revisions: Revised, out: Out, form: AsForm = Form.plain) -> None:
+def clair(context: typer.Context, revisions: Revised, out: Out, form: AsForm = Form.plain) -> None:
     """CLAIR's contrastive pairs: the revision chosen, the response it revises rejected (arXiv 2408.06266)."""
     from rlaif.build import revised
     from rlaif.build.rows import read_revised
 
     build = _begin(out, revisions, form=form)
     rows = read_revised(revisions)
-    _finish(out, revisions, revised.clair(rows, build), len(rows), build)
+    _finish(context, out, [revisions], revised.clair(rows, build), len(rows), build)
 
 
 @build_app.command("judge-on-policy")
-def judge_on_policy(judged: Judged, out: Out, min_confidence: MinConfidence = 0.5, form: AsForm = Form.plain) -> None:
+def judge_on_policy(
+    context: typer.Context, judged: Judged, out: Out, min_confidence: MinConfidence = 0.5, form: AsForm = Form.plain
+) -> None:
     """Pairs by a judge of samples of the policy itself (arXiv 2408.06266)."""
     from rlaif.build import judged as kinds
 
     build = _begin(out, judged, form=form)
     rows = labelled_rows(judged, or_ranked=True)
-    _finish(out, judged, kinds.judge_on_policy(rows, build, min_confidence), len(rows), build)
+    _finish(context, out, [judged], kinds.judge_on_policy(rows, build, min_confidence), len(rows), build)
 
 
 @build_app.command("judge-off-policy")
 def judge_off_policy(
+    context: typer.Context,
     judged: Judged,
     out: Out,
     policy: Annotated[str, typer.Option(metavar="NAME", help="The policy's model, of which no response may be.")],
@@ -149,11 +159,12 @@ def judge_off_policy(
 
     build = _begin(out, judged, form=form)
     rows = labelled_rows(judged, or_ranked=True)
-    _finish(out, judged, kinds.judge_off_policy(rows, build, policy, min_confidence), len(rows), build)
+    _finish(context, out, [judged], kinds.judge_off_policy(rows, build, policy, min_confidence), len(rows), build)
 
 
 @build_app.command("stronger-preferred")
 def stronger_preferred(
+    context: typer.Context,
     weak: Annotated[str, typer.Argument(metavar="WEAK", help="The weaker model's responses.")],
     strong: Annotated[str, typer.Argument(metavar="STRONG", help="The stronger model's, with the same ids.")],
     out: Out,
@@ -165,22 +176,25 @@ def stronger_preferred(
 
     build = _begin(out, weak, strong, form=form)
     weaker, stronger = (read_answers(source, with_id=True) for source in (weak, strong))
-    _finish(out, weak, judged.stronger_preferred(weaker, stronger, build), len(weaker), build)
+    _finish(context, out, [weak, strong], judged.stronger_preferred(weaker, stronger, build), len(weaker), build)
 
 
 @build_app.command("best-of-n")
-def best_of_n(ranked: Ranked, out: Out, score: ScoreColumn = "score", form: AsForm = Form.plain) -> None:
+def best_of_n(
+    context: typer.Context, ranked: Ranked, out: Out, score: ScoreColumn = "score", form: AsForm = Form.plain
+) -> None:
     """Each prompt's response with the highest score, for supervised fine-tuning (arXiv 2009.01325)."""
     from rlaif.build import scored
     from rlaif.build.rows import read_scored
 
     build = _begin(out, ranked, form=form)
     rows = read_scored(ranked, score, or_ranked=True)
-    _finish(out, ranked, scored.best_of_n(rows, build, score), len(rows), build)
+    _finish(context, out, [ranked], scored.best_of_n(rows, build, score), len(rows), build)
 
 
 @build_app.command()
 def rest(
+    context: typer.Context,
     source: Scored,
     out: Out,
     thresholds: Annotated[str, typer.Option(metavar="T1,T2,...", help="The least score of each step; they must grow.")],
@@ -201,7 +215,7 @@ def rest(
         if not examples:  # before any file is written
             raise RlaifError(f"{source}: no row gives an example of score {least:g} or more")
     for path, examples, build in zip(outs, made, builds, strict=True):
-        _finish(path, source, examples, len(rows), build)
+        _finish(context, path, [source], examples, len(rows), build)
 
 
 def _growing(text: str) -> list[float]:
@@ -228,6 +242,7 @@ def _numbered(out: Path, step: int) -> Path:
 
 @build_app.command("rs-dpo")
 def rs_dpo(
+    context: typer.Context,
     source: Scored,
     out: Out,
     gap: Annotated[float, typer.Option(min=0.0, help="Scores must be further apart than this.")],
@@ -241,11 +256,12 @@ def rs_dpo(
 
     build = _begin(out, source, form=form)
     rows = read_scored(source, score)
-    _finish(out, source, scored.rs_dpo(rows, build, gap, temperature, score), len(rows), build)
+    _finish(context, out, [source], scored.rs_dpo(rows, build, gap, temperature, score), len(rows), build)
 
 
 @build_app.command()
 def rso(
+    context: typer.Context,
     source: Scored,
     out: Out,
     beta: Annotated[float, typer.Option(min=1e-6, help="Accept with probability exp((score - highest) / this).")],
@@ -262,11 +278,12 @@ def rso(
     build = _begin(out, source, form=form, seed=seed)
     rows = read_scored(source, score)
     made = scored.rso(rows, build, beta, keep, pairs is Pairing.tournament, score)
-    _finish(out, source, made, len(rows), build)
+    _finish(context, out, [source], made, len(rows), build)
 
 
 @build_app.command()
 def kto(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(metavar="JUDGED", help="An output of `rlaif label` or `rlaif score`.")],
     out: Out,
     threshold: Annotated[float | None, typer.Option(help="The least score of a desirable response.")] = None,
@@ -293,11 +310,12 @@ def kto(
         made = unpaired.balanced(made, build, max_ratio or unpaired.RATIO)
     elif made:
         unpaired.suggest_weights(made, build)
-    _finish(out, source, made, len(rows), build)
+    _finish(context, out, [source], made, len(rows), build)
 
 
 @build_app.command()
 def hir(
+    context: typer.Context,
     source: Scored,
     out: Out,
     levels: Annotated[int, typer.Option(min=2, max=3, help="Poor and good, or poor, fair and good.")] = 2,
@@ -313,4 +331,4 @@ def hir(
     build = _begin(out, source, form=form)
     asked = load(unpaired.Instructions, Path(instructions)) if instructions else None
     rows = read_scored(source, score)
-    _finish(out, source, unpaired.hir(rows, build, levels, asked, score), len(rows), build)
+    _finish(context, out, [source], unpaired.hir(rows, build, levels, asked, score), len(rows), build)

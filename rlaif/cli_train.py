@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ train_app = typer.Typer(
     add_completion=False,
 )
 
-Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's settings, a YAML file.")]
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's settings: a YAML file, or a shipped one's name.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; lora.r=8 reaches inside one.")
 ]
@@ -44,10 +43,11 @@ def kto(config: Config, changes: Changes = None, resume: Resume = False) -> None
     _train("kto", config, changes, resume)
 
 
-def _train(kind: str, path: Path, changes: list[str] | None, resume: bool) -> None:
+def _train(kind: str, name: str, changes: list[str] | None, resume: bool) -> None:
     from rlaif.train.config import load_config
+    from rlaif.yamlfile import named
 
-    config = load_config(kind, path, changes or [])
+    config = load_config(kind, named("pipelines/train", name), changes or [])
     from rlaif.train.run import run
 
     report = run(kind, config, resume)

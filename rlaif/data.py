@@ -142,6 +142,7 @@ def comparisons(
     seed: int = 0,
     split: str | None = None,
     limit: int | None = None,
+    reserved: tuple[str, ...] = RESERVED,
 ) -> Iterator[Item]:
     """Comparisons of a source in its order; `mapping` renames columns, as {new: old}.
 
@@ -151,7 +152,7 @@ def comparisons(
 
     Raises: UsageError for a file that cannot be read, a missing column or one that the output would overwrite.
     """
-    for number, where, row in _rows(source, mapping, split, limit, RESERVED):
+    for number, where, row in _rows(source, mapping, split, limit, reserved):
         yield _comparison(row, number, where, seed)
 
 
@@ -429,6 +430,8 @@ def check_output(out: Path) -> None:
         raise UsageError(f"{out}: the output must end in {', '.join(SUFFIXES)}")
     if out.is_dir():
         raise UsageError(f"{out}: is a folder")
+    if run_path(out).is_dir():
+        raise UsageError(f"{run_path(out)}: a folder is in the way")
     if not out.parent.is_dir():
         raise UsageError(f"{out}: no such folder: {out.parent}")
     if not os.access(out.parent, os.W_OK):

@@ -50,9 +50,8 @@ class Job:
             raise UsageError(f"{self.out}: the output is the input")
         if self.out.exists() and not self.store_path.exists():
             raise UsageError(f"{self.out} is there already, and no store beside it that could be continued: choose another -o")
-        for path in (run_path(self.out), self.store_path):
-            if path.is_dir():
-                raise UsageError(f"{path}: a folder is in the way")
+        if self.store_path.is_dir():
+            raise UsageError(f"{self.store_path}: a folder is in the way")
         count, problems = check(self.items(), self.source)
         if problems and not keep_bad:
             more = f" (and {len(problems) - 1} more such rows)" if len(problems) > 1 else ""

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from rlaif.records import Row, UsageError
+from rlaif.records import RlaifError, Row, UsageError
 
 if TYPE_CHECKING:
     from rlaif.data import Item
@@ -197,18 +198,22 @@ class Running:
 
     def limits(self, labeler: Labeler) -> Limits:
         from rlaif.labeler import CONCURRENCY
+
+        seconds = 120.0 if labeler.engine == "openai" else None
+        return self.within(labeler.concurrency or CONCURRENCY[labeler.engine], seconds, labeler.price)
+
+    def within(self, rows: int, seconds: float | None = None, price: tuple[float, float] | None = None) -> Limits:
+        """The limits; what no option gives is rows in flight, seconds a call, and prices, as they are given here."""
         from rlaif.runner import Limits
 
-        price = two_numbers(self.price, "--price", "IN,OUT") if self.price else labeler.price
+        price = two_numbers(self.price, "--price", "IN,OUT") if self.price else price
         if price and not all(0 <= part < float("inf") for part in price):
             raise UsageError(f"--price: prices cannot be negative, got '{self.price}'")
         if self.max_cost is not None and price is None:
             raise UsageError(
                 "--max-cost needs --price IN,OUT (US dollars per million tokens), for prices change and are not guessed"
             )
-        seconds = self.timeout or (120.0 if labeler.engine == "openai" else None)
-        rows = self.concurrency or labeler.concurrency or CONCURRENCY[labeler.engine]
-        return Limits(rows, self.tries, seconds, self.max_cost, price)
+        return Limits(self.concurrency or rows, self.tries, self.timeout or seconds, self.max_cost, price)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -295,3 +300,27 @@ def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
     if not rows:
         raise UsageError(f"{name}: no rows")
     return rows
+
+
+# ---------------------------------------------------------------- what was made
+
+
+def say_report(report: dict[str, Any], out: Path) -> None:
+    """One line on what was made; exit code 1 where rows met an error, for they wait for the next run."""
+    from rlaif.data import run_path
+
+    counts = ", ".join(f"{count} {status}" for status, count in report["statuses"].items() if count)
+    of = report.get("of_rows", report["rows"])
+    print(f"{out}: {report['rows']} of {of} rows ({counts}); settings and counts in {run_path(out)}")
+    for note in report.get("notes", ()):
+        print(f"note: {note}")
+    errors = report["statuses"]["error"]
+    if errors:
+        where, why = _first_error(out)
+        raise RlaifError(f"{errors} rows met an error, and are tried again by the same command; the first, {where}: {why}")
+
+
+def _first_error(out: Path) -> tuple[str, str]:
+    from rlaif.data import read_rows
+
+    return next((where, row["error"]) for where, row in read_rows(str(out)) if row["status"] == "error")

@@ -60,4 +60,5 @@ class Progress:
         made, left = self._done - (self._first or 0), self.total - self._done
         seconds = time.monotonic() - self._begun
         until = f" · {left * seconds / made:.0f} s left" if left and made else ""
-        print(f"{self.what} {self._done}/{self.total} · {self._facts}{until}", file=sys.stderr, flush=True)
+        facts = f" · {self._facts}" if self._facts else ""
+        print(f"{self.what} {self._done}/{self.total}{facts}{until}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ import copy
 import math
 import secrets
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,44 +18,31 @@ from torch.nn.functional import linear
 from transformers.cache_utils import DynamicLayer
 
 from rlaif.engines import whole_choices
-from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer, own_seed
-from rlaif.records import Completion, FatalError, Request, RowError, UsageError
+from rlaif.engines.batching import BATCH_TOKENS, Batching, Job, device_of, dtype_of
+from rlaif.engines.chat import Chat, cannot_load, load_tokenizer, own_seed
+from rlaif.records import Completion, FatalError, Request, UsageError
 
 hf: Any = transformers  # its own annotations are partial
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARED = 16
 """Tokens that all prompts must begin with for it to be worth computing them once."""
 
-BATCH_TOKENS = {(False, True): 1024, (False, False): 16384, (True, True): 32768, (True, False): 65536}
-"""The most tokens of a batch, by (GPU, scoring). A CPU scores small batches faster, as they stay in its cache."""
-
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """A request on its way; `ids` are its prompt's tokens."""
-
-    request: Request
-    ids: list[int]
-    future: asyncio.Future[Completion]
+class _Job(Job):
+    """A request with its prompt's tokens."""
 
     @property
     def kind(self) -> tuple[bool, int, float, float, tuple[str, ...], bool]:
-        """What must be equal for jobs to share a batch."""
         r = self.request
         stop, logprob = ((), False) if r.choices else (r.stop, r.logprob)
         return bool(r.choices), r.max_tokens, r.temperature, r.top_p, stop, logprob
 
     @property
     def size(self) -> int:
-        """Tokens that it may come to hold."""
         return len(self.ids) + self.request.max_tokens
 
-    def fail(self, error: Exception) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
-
-class TransformersEngine:
+class TransformersEngine(Batching[_Job]):
     """Runs `model`, a folder or a name on the hub, with transformers.
 
     Requests that wait at the same time are sorted by length and run in batches of at most `max_batch_tokens` tokens,
@@ -80,17 +66,14 @@ class TransformersEngine:
         max_batch_tokens: int | None = None,
         trust_remote_code: bool = False,
     ):
-        self._device = _device(device)
-        gpu = self._device.type != "cpu"
-        dtype = dtype or ("bf16" if gpu or _cpu_has_bf16() else "fp32")
-        if dtype not in DTYPES:
-            raise UsageError(f"unknown dtype '{dtype}': choose one of {', '.join(DTYPES)}")
+        place = device_of(device)
+        dtype = dtype or ("bf16" if place.type != "cpu" or _cpu_has_bf16() else "fp32")
+        kind = dtype_of(dtype)
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise UsageError(f"max_batch_tokens must be at least 1, not {max_batch_tokens}")
         self.identity: dict[str, Any] = {"engine": "transformers", "model": model, "dtype": dtype}
         self._max_tokens = max_batch_tokens
-        self._max_rows = 128 if gpu else 16
-        self._model = _load(model, DTYPES[dtype], self._device, trust_remote_code)
+        super().__init__(place, _load(model, kind, place, trust_remote_code))
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._chat = Chat(load_tokenizer(model, trust_remote_code), model, limit)
         self.notes = self._chat.notes
@@ -99,68 +82,23 @@ class TransformersEngine:
         self._model.generation_config = hf.GenerationConfig()
         self._shares = True
         self._shared: tuple[list[int], Any] = ([], None)
-        self._waiting: list[_Job] = []
-        self._task: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(1, "model")
-        self._closed = False
 
     async def complete(self, request: Request) -> Completion:
-        if self._closed:
-            raise FatalError("the engine is closed")
         if split := self._chat.split_choices(request.choices):
             simple = replace(request, choices=tuple(c for c in request.choices if c not in split))
             return await whole_choices(request, split, self.complete, await self.complete(simple))
-        ids = self._chat.render(request)
-        self._chat.choice_ids(request.choices)  # a wrong choice fails here, not its whole batch
-        job = _Job(request, ids, asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._work())
-        return await job.future
-
-    async def close(self) -> None:
-        """Fail what waits, wait for the batch that runs (a generation ends at its next token), and free the model."""
-        self._closed = True
-        if self._task and not self._task.done():
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        await asyncio.to_thread(self._thread.shutdown)
-        self._model = None
-        _free()
+        return await super().complete(request)
 
     # ------------------------------------------------------------ batches
 
-    async def _work(self) -> None:
-        """Run what waits, until nothing does; the first request that finds no such task starts it."""
-        jobs: list[_Job] = []
-        try:
-            while self._waiting:
-                await self._gather()
-                jobs, self._waiting = self._waiting, []
-                for batch in self._batches(jobs):
-                    await self._run(batch)
-        finally:  # however it ends, nobody is left waiting
-            for job in jobs + self._waiting:
-                job.fail(FatalError("the engine stopped before it came to this request"))
-            self._waiting = []
-
-    async def _gather(self) -> None:
-        """Let requests arrive until none does: those that the last batch set free have then sent their next."""
-        seen = 0
-        while seen < len(self._waiting):
-            seen = len(self._waiting)
-            await asyncio.sleep(0.002)
+    def _job(self, request: Request, future: asyncio.Future[Completion]) -> _Job:
+        ids = self._chat.render(request)
+        self._chat.choice_ids(request.choices)  # a wrong choice fails here, not its whole batch
+        return _Job(request, ids, future)
 
     def _batches(self, jobs: list[_Job]) -> Iterator[list[_Job]]:
-        """Batches of one kind and of similar lengths; the longest first, so that too little memory shows at once."""
         self._share([job.ids for job in jobs if job.request.choices])
-        batch: list[_Job] = []
-        for job in sorted(jobs, key=lambda job: (job.kind, job.size), reverse=True):
-            if batch and (job.kind != batch[0].kind or self._full(batch)):
-                yield batch
-                batch = []
-            batch.append(job)
-        yield batch
+        return super()._batches(jobs)
 
     def _full(self, batch: list[_Job]) -> bool:
         scores = bool(batch[0].request.choices)
@@ -178,32 +116,6 @@ class TransformersEngine:
         kept = self._shared[0]
         if kept != common[: len(kept)] or (len(prompts) > 1 and len(kept) < 0.75 * len(common)):
             self._shared = (common if len(prompts) > 1 and len(common) >= SHARED else [], None)
-
-    async def _run(self, batch: list[_Job]) -> None:
-        """Answer a batch; one that does not fit into memory is run again in halves."""
-        batch = [job for job in batch if not job.future.done()]  # without those that whoever asked gave up
-        if not batch:
-            return
-        try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
-        except Exception as error:
-            if not _out_of_memory(error):
-                failure = FatalError(f"the model failed: {first_words(error)}")
-                failure.__cause__ = error
-                for job in batch:
-                    job.fail(failure)
-                return
-        else:
-            for job, answer in zip(batch, answers, strict=True):
-                if not job.future.done():
-                    job.future.set_result(answer)
-            return
-        _free()  # only here is the error gone, and what it held
-        if len(batch) == 1:
-            batch[0].fail(RowError(f"not enough memory for a prompt of {len(batch[0].ids)} tokens"))
-            return
-        await self._run(batch[: len(batch) // 2])
-        await self._run(batch[len(batch) // 2 :])
 
     # ------------------------------------------------------------ in the thread
 
@@ -408,13 +320,6 @@ def _float32_head(model: Any) -> Iterator[None]:
 # ---------------------------------------------------------------- loading
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"unknown device '{name}': such as cpu, cuda or cuda:1") from error
-
-
 def _cpu_has_bf16() -> bool:
     """Whether bf16 runs on this CPU as such: several times as fast as fp32 then, and slower where it is emulated."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -451,12 +356,3 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     own = model.generation_config.eos_token_id if model.generation_config else None
     found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     return sorted(found - {None})
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _free() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

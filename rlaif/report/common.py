@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -78,19 +78,6 @@ def plain(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------- runs and costs
-
-
-def read_run(path: Path) -> dict[str, Any] | None:
-    """A run file, None where there is none. Raises: UsageError for what is no run file."""
-    if not path.is_file():
-        return None
-    try:
-        run = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(run, dict):
-        raise UsageError(f"{path}: expected a JSON object")
-    return run
 
 
 def facts(name: str, rows: Sequence[Row], run: Mapping[str, Any] | None) -> dict[str, Any]:

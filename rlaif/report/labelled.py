@@ -14,9 +14,10 @@ from rlaif.data import run_path
 from rlaif.evaluate import agreement
 from rlaif.evaluate.tables import HUMAN, METRICS
 from rlaif.options import labelled_rows
+from rlaif.provenance import read_run
 from rlaif.records import LABELLED, STATUSES, Label, Row, UsageError
 from rlaif.report import plots
-from rlaif.report.common import SPENT, Page, check_row, chosen, cost_of, facts, plain, prompt_of, read_run, text_of
+from rlaif.report.common import SPENT, Page, check_row, chosen, cost_of, facts, plain, prompt_of, text_of
 
 MANY = 6
 """Of more names than these, the pairs are so many that their intervals take a fifth of the resamples, and less room."""

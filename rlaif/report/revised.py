@@ -10,9 +10,10 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from rlaif.data import read_rows, run_path
+from rlaif.provenance import read_run
 from rlaif.records import LABELLED, STATUSES, Row, UsageError
 from rlaif.report import plots
-from rlaif.report.common import Page, check_row, chosen, cost_of, facts, plain, prompt_of, read_run, text_of
+from rlaif.report.common import Page, check_row, chosen, cost_of, facts, plain, prompt_of, text_of
 from rlaif.revise import tally
 
 REVISED = ("id", "prompt", "response", "revisions", "revised", "status")

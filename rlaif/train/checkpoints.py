@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import FrameType
@@ -18,30 +19,49 @@ MANIFEST = "complete.json"
 """Written last: each file of the checkpoint with its size in bytes."""
 
 
+class Trained(Exception):
+    """The run's last step was made already."""
+
+
 class Checkpoints(TrainerCallback):
-    """Marks each checkpoint as complete once all its files are there; on Ctrl-C, lets one be written before the run stops."""
+    """Marks each checkpoint as complete once all its files are there, and only then lets an older one go.
 
-    def __init__(self) -> None:
-        self.stopped = False
+    The newest `keep` stay. On Ctrl-C or SIGTERM the step is finished and a checkpoint written before the training stops.
+
+    Raises: Trained where a run goes on from its last step, for transformers would make one more.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep, self.stopped = keep, False
         self._before: dict[signal.Signals, Any] = {}
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        PartialState().wait_for_everyone()  # each process writes a part
-        if state.is_world_process_zero:
-            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size == 1:  # several processes would not stop at the same step
             self._before = {name: signal.signal(name, self._stop) for name in (signal.SIGINT, signal.SIGTERM)}
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise Trained
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stopped:
             control.should_save = control.should_training_stop = True
+        if control.should_save:
+            control.should_log = True  # what the metrics sum up from one line to the next is in no checkpoint
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        PartialState().wait_for_everyone()  # each process writes a part
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            seal(folder / f"checkpoint-{state.global_step}")
+            for old in in_order(folder)[: -self.keep]:
+                shutil.rmtree(old)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
+        """Give the signals back."""
         for name, handler in self._before.items():
             signal.signal(name, handler)
         self._before = {}
@@ -59,16 +79,32 @@ def seal(folder: Path) -> None:
         temporary.write_text(json.dumps({k: v for k, v in sizes.items() if k != MANIFEST}, indent=1), encoding="utf-8")
 
 
+def in_order(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, complete or not, by their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the most steps of those that are complete; None where there is none."""
-    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if re.search(r"-\d+$", path.name)}
-    return next((found[step] for step in sorted(found, reverse=True) if is_complete(found[step])), None)
+    return next((path for path in reversed(in_order(folder)) if is_complete(path)), None)
+
+
+def clear(folder: Path) -> None:
+    """Remove what was not written to its end, so that nothing of it can be taken for a part of a later checkpoint."""
+    for path in in_order(folder):
+        if not is_complete(path):
+            shutil.rmtree(path)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the manifest lists is there with its size."""
+    """Whether there is a manifest, and every file that it lists is there with its size."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False

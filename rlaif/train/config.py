@@ -110,17 +110,33 @@ class Training(YamlFile):
         except ValidationError as error:
             raise UsageError(f"{self.name}: {in_words(error, settings)}") from error
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What is trained on: `data`, or each head's."""
+        return tuple(self.data.values()) if isinstance(self.data, dict) else (self.data,)
+
     def each_stage(self) -> list[Self]:
         """The settings of each stage; of a run without stages, itself."""
         return [self.changed(**stage, stages=()) for stage in self.stages] or [self]
 
 
 class Sft(Training):
-    """Supervised fine-tuning on `prompt` and `completion` rows (or `messages`, or `text`).
+    """Supervised fine-tuning on `prompt` and `completion` rows, or `messages`, of which the last answer is learnt; or `text`.
 
-    `completion_only`: the loss is on the completion's tokens. `packing`: several examples in one sequence. `context`: instead
-    of the completions' own tokens, learn the distribution that the model itself has when this text, or this file of
-    questions with answers, stands before the prompt (context distillation, Askell et al., arXiv 2112.00861, §2.4).
+    `completion_only`: the loss is on the completion's tokens; false: on all, as for rows of `text` it must be. `packing`:
+    several examples in one sequence, none of which sees another.
+
+    `context`: learn, instead of the completions' own tokens, the distribution over them that the model itself has where this
+    context stands before the prompt (context distillation, Askell et al., arXiv 2112.00861, §2.1). It is one of
+
+    - a text file: the system turn of messages (before the prompt's own; where the chat template has none, it begins the
+      first user turn), or with a blank line before a plain prompt;
+    - a YAML file of questions with answers, as prompts/answers/urial.yaml: turns before those of the prompt. Before a plain
+      prompt the template `urial` shows them;
+    - a template of the kind `sample`, by its name (`urial`) or path, in which the prompt is put as by `rlaif sample --icl`.
+
+    Where a template shows the context, its answers end in its own way, and the end of an answer is not learnt. Rows that with
+    the context are longer than the model can take are left out, and counted.
     """
 
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -213,8 +229,10 @@ class Preference(Training):
     (D'Oosterlinck et al., arXiv 2408.06266, §4). `labels`: as for reward models; only the losses in `SOFT` have a soft
     form, conservative DPO per row (Mitchell 2023): −p·log σ(x) − (1−p)·log σ(−x). `reference`: the model that the policy is
     held to (default: what it starts from; in each stage anew, as in sDPO, Kim et al., arXiv 2403.19270). `precompute`: the
-    reference's log-probabilities, once before training. The others belong to single losses, as TRL has them: `gamma` and
-    `alpha` to simpo, cpo and alphapo, `label_smoothing` to robust, exo and aot, the weights to kto. None: TRL's default.
+    reference's log-probabilities, once before training. The others belong to single losses, as TRL has them: `gamma` to
+    simpo and alphapo, `alpha` to alphapo, `label_smoothing` to robust, exo, aot and those of CPO, the weights to kto. None:
+    TRL's default, but 0.001 for exo; alphapo needs an alpha and robust a label_smoothing, for at TRL's default of 0 they
+    would be simpo and dpo.
     """
 
     learning_rate: float = Field(default=5e-6, gt=0)
@@ -246,15 +264,25 @@ class Preference(Training):
     def _belongs(self) -> Self:
         family = self.family
         belongs = {
-            "gamma": ("simpo",),
-            "alpha": tuple(CPO_LOSSES),
+            "gamma": ("simpo", "alphapo"),
+            "alpha": ("alphapo",),
             "label_smoothing": ("robust", "exo", "aot", "aot_unpaired", "cpo", "simpo", "alphapo"),
-            "desirable_weight": ("kto", "apo_zero_unpaired"),
-            "undesirable_weight": ("kto", "apo_zero_unpaired"),
+            "desirable_weight": tuple(KTO_LOSSES),
+            "undesirable_weight": tuple(KTO_LOSSES),
         }
         for field, losses in belongs.items():
             if getattr(self, field) is not None and not set(self.losses) & set(losses):
                 raise ValueError(f"{field}: goes with {', '.join(losses)}")
+        if "alphapo" in self.losses and not self.alpha:
+            raise ValueError("alpha: alphapo needs one other than 0, which would make it simpo")
+        if "robust" in self.losses and not self.label_smoothing:
+            raise ValueError("label_smoothing: robust needs the share of labels that are wrong; 0 would make it dpo")
+        if "exo" in self.losses and self.label_smoothing == 0:
+            raise ValueError("label_smoothing: exo needs one above 0")
+        if "kto" in self.losses and self.batch_size < 2:
+            raise ValueError("batch_size: kto estimates a divergence from the other rows of a batch: at least 2")
+        if self.lora and self.lora.dropout and self.trainer.get("disable_dropout", True):
+            raise ValueError("lora.dropout: these losses are computed without dropout, unless trainer.disable_dropout is false")
         if family in ("cpo", "orpo") and (self.reference or self.precompute):
             raise ValueError(f"reference, precompute: {self.loss} has no reference model")
         if (self.loss == "auto") != (self.judge is not None):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
-from rlaif.data import ASSISTANT, as_messages, as_text, kind_of, read_rows, split_response
+import jinja2
+
+from rlaif.data import ASSISTANT, as_text, kind_of, read_rows, split_response
 from rlaif.pairs import texts
-from rlaif.records import Row, UsageError, digest
+from rlaif.provenance import sha256
+from rlaif.records import Row, RowError, UsageError, digest
 
 Form = Literal["auto", "plain", "conversational"]
 
@@ -23,7 +24,7 @@ class Rows:
     """Checked rows of one source, all in one form. `dropped` counts those that are left out, by the reason why.
 
     Pairs have `prompt`, `chosen`, `rejected`, and `soft_label`, `margin`, `group`, `head` where these are wanted and there;
-    unpaired rows `prompt`, `completion` and perhaps `label`. Texts, or lists of messages, as TRL takes them.
+    unpaired rows `prompt`, `completion` and perhaps `label`; documents `text`. Texts, or lists of messages, as TRL takes them.
     """
 
     source: str
@@ -36,15 +37,6 @@ class Rows:
 
     def facts(self) -> dict[str, Any]:
         return {"source": self.source, "sha256": sha256(self.source), "rows": len(self.rows), "left_out": dict(self.dropped)}
-
-
-def sha256(source: str) -> str | None:
-    """Of a file's bytes; None for what is no file (a hub name, a saved dataset)."""
-    path = Path(source)
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------- reading
@@ -88,10 +80,34 @@ def answers(source: str, form: Form = "auto", limit: int | None = None, labelled
     return found
 
 
+def documents(source: str, limit: int | None = None) -> Rows:
+    """Rows of `text` alone. Raises: as `pairs`."""
+
+    def document(row: Row, where: str) -> Row:
+        _require(row, where, ("text",))
+        if not isinstance(row["text"], str):
+            raise UsageError(f"{where}: column 'text': expected text, got {kind_of(row['text'])}")
+        if not row["text"].strip():
+            raise UsageError(f"{where}: column 'text' is empty")
+        return {"text": row["text"]}
+
+    return _read(source, limit, document, ())
+
+
 def is_unpaired(source: str) -> bool:
     """Whether the first row is one of `completion` and `label`, not of `chosen` and `rejected`."""
-    first = next((row for _, row in read_rows(source)), {})
+    first = _first(source)
     return "completion" in first and "chosen" not in first
+
+
+def is_documents(source: str) -> bool:
+    """Whether the first row has `text`, and nothing that would make it a prompt with an answer."""
+    first = _first(source)
+    return "text" in first and not first.keys() & {"prompt", "completion", "messages"}
+
+
+def _first(source: str) -> Row:
+    return next((row for _, row in read_rows(source)), {})
 
 
 def _read(source: str, limit: int | None, made: Callable[[Row, str], Row], numbers: Sequence[str]) -> Rows:
@@ -103,7 +119,7 @@ def _read(source: str, limit: int | None, made: Callable[[Row, str], Row], numbe
             name = sorted(columns ^ set(one))[0]
             raise UsageError(f"{where}: column '{name}' is in some rows and not in others")
         columns = set(one)
-        if rows and isinstance(one["prompt"], str) != isinstance(rows[0]["prompt"], str):
+        if rows and isinstance(one.get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
             raise UsageError(f"{where}: texts and lists of messages in one file: choose a form")
         _check_numbers(one, where, numbers)
         rows.append(one)
@@ -183,7 +199,21 @@ def _formed(row: Row, conversational: bool, prompt: Any, **responses: str) -> Ro
     if was_plain and str(prompt).endswith(ASSISTANT):  # as `rlaif pairs` ends the prompt of a dialogue
         prompt = str(prompt).removesuffix(ASSISTANT)
         responses = {name: text.strip() for name, text in responses.items()}
-    return texts(prompt, conversational, **responses) if conversational else texts(as_messages(prompt), False, **responses)
+    return texts(prompt, conversational, **responses)
+
+
+def as_trained(prompt: Any, response: str, conversational: bool) -> tuple[Any, Any]:
+    """A row's prompt and response in the form of a model's training rows, for that model to score.
+
+    A dialogue's text gets the beginning of the assistant's turn, as `rlaif pairs` writes it, where neither of them has it.
+    """
+    turn = ASSISTANT.strip()
+    begun = isinstance(prompt, str) and (prompt.rstrip().endswith(turn) or response.lstrip().startswith(turn))
+    if conversational or begun:
+        made = _formed({"prompt": prompt}, conversational, prompt, response=response)
+    else:
+        made = texts(prompt, False, response=response)
+    return made["prompt"], made["response"]
 
 
 # ---------------------------------------------------------------- parts
@@ -196,10 +226,11 @@ def held_out(found: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
     """
     if not share:
         return found, None
-    numbers = {key: int(digest([seed, key])[:12], 16) / 16**12 for key in {digest(row["prompt"]) for row in found.rows}}
+    keys = [digest(row.get("prompt", row)) for row in found.rows]
+    numbers = {key: int(digest([seed, key])[:12], 16) / 16**12 for key in set(keys)}
     kept, held = Rows(found.source, [], found.dropped), Rows(found.source, [])
-    for row in found.rows:
-        (held if numbers[digest(row["prompt"])] < share else kept).rows.append(row)
+    for row, key in zip(found.rows, keys, strict=True):
+        (held if numbers[key] < share else kept).rows.append(row)
     if not kept.rows or not held.rows:
         raise UsageError(f"{found.source}: eval_share {share:g} of {len(numbers)} prompts leaves one side empty")
     return kept, held
@@ -210,16 +241,47 @@ Encode = Callable[[Any, Any], list[int]]
 
 
 def encoder(tokenizer: Any) -> Encode:
-    """Tokens of a prompt with its response, by the chat template for messages; plain texts end with the EOS token."""
+    """Tokens of a prompt with its response, by the chat template for messages; plain texts end with the EOS token.
+
+    No message can end its own turn: what would be a control token or a marker of the template in it is broken, as for
+    labelers. Plain texts may hold such tokens, for they are their author's own rendering.
+
+    Raises: UsageError for messages where the tokenizer has no chat template; RowError where that refuses them.
+    """
+    from rlaif.engines.chat import Chat
+
+    name = str(tokenizer.name_or_path)
+    guard = Chat(tokenizer, name).guard
 
     def encode(prompt: Any, response: Any) -> list[int]:
         if isinstance(prompt, list):
-            return list(tokenizer.apply_chat_template(prompt + response, tokenize=True, return_dict=True)["input_ids"])
-        text = prompt + response
+            if not tokenizer.chat_template:
+                raise UsageError(f"{name} has no chat template, which messages need: take texts, as with form: plain")
+            turns = [{**turn, "content": guard(turn["content"])} for turn in prompt + response]
+            try:
+                return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"])
+            except jinja2.TemplateError as error:
+                raise RowError(f"the chat template refuses the messages: {' '.join(str(error).split())}") from error
+        text = (prompt + response).encode("utf-8", "replace").decode()  # no tokenizer takes lone surrogates
         end = tokenizer.eos_token or ""
         return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
 
     return encode
+
+
+def guarded(found: Rows, tokenizer: Any) -> Rows:
+    """The rows as an encoder reads them, for trainers that make tokens of them by themselves."""
+    from rlaif.engines.chat import Chat
+
+    guard = Chat(tokenizer, str(tokenizer.name_or_path)).guard
+
+    def safe(value: Any) -> Any:
+        if isinstance(value, list):
+            return [{**turn, "content": guard(turn["content"])} for turn in value]
+        return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+    rows = [{name: safe(value) for name, value in row.items()} for row in found.rows]
+    return Rows(found.source, rows, found.dropped)
 
 
 def fitting(found: Rows, columns: Sequence[str], most: int, encode: Encode) -> Rows:
@@ -227,7 +289,7 @@ def fitting(found: Rows, columns: Sequence[str], most: int, encode: Encode) -> R
 
     Raises: UsageError where none is left.
     """
-    fits = [all(len(encode(row["prompt"], row[name])) <= most for name in columns) for row in found.rows]
+    fits = [all(len(encode(row.get("prompt", ""), row[name])) <= most for name in columns) for row in found.rows]
     if not any(fits):
         raise UsageError(f"{found.source}: all {len(fits)} rows are longer than max_length, {most} tokens")
     left = Rows(found.source, [row for row, fit in zip(found.rows, fits, strict=True) if fit], found.dropped)

@@ -37,8 +37,7 @@ class Recorder(TrainerCallback):
             self._progress.update(state.global_step, "")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._progress:
-            self._progress.update(state.global_step, self._facts(state.global_step))
+        self._show(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         figures = {k: v for k, v in (logs or {}).items() if k not in (*SUMMARY, "epoch")}
@@ -50,6 +49,7 @@ class Recorder(TrainerCallback):
         line = {"part": self.part, "step": state.global_step, "epoch": state.epoch, **figures}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+        self._show(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -59,9 +59,10 @@ class Recorder(TrainerCallback):
             self._progress.__exit__(None, None, None)
             self._progress = None
 
-    def _facts(self, step: int) -> str:
-        rate = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
-        return " · ".join(part for part in (self._last, f"{rate:.2f} steps/s") if part)
+    def _show(self, step: int) -> None:
+        if self._progress:
+            rate = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
+            self._progress.update(step, " · ".join(part for part in (self._last, f"{rate:.2f} steps/s") if part))
 
 
 def _finite(value: Any) -> Any:
@@ -81,7 +82,15 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def take_back(path: Path, part: str, step: int) -> None:
-    """Remove the lines of a part that came after a step."""
-    kept = [line for line in lines(path) if line["part"] != part or line["step"] <= step]
+    """Remove the lines of a part that came after a step; all of them for step 0, where it begins anew."""
+    kept = [line for line in lines(path) if line["part"] != part or (step and line["step"] <= step)]
     with atomic(path) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def tokens_read(path: Path, part: str, step: int) -> int:
+    """How many tokens a part had read by a step; 0 where its metrics do not tell."""
+    counts = [
+        line["num_tokens"] for line in lines(path) if line["part"] == part and line["step"] <= step and "num_tokens" in line
+    ]
+    return int(max(counts, default=0))

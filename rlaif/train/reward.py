@@ -6,7 +6,6 @@ within a group has its own label, margin, head and weight. A pair is a group of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,11 @@ from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
 from rlaif.records import Row, UsageError
+from rlaif.reward import FACTS, weights_hash
 from rlaif.train import data
 from rlaif.train.config import Reward
 from rlaif.train.data import Encode, Rows
 from rlaif.train.run import Part, Run, read_both
-
-FACTS = "reward.json"
-"""Beside a reward model's weights: its heads, the form of its texts, its members and how their scores become one."""
-
 
 # ---------------------------------------------------------------- rows
 
@@ -227,7 +223,10 @@ def trainer(part: Part) -> Trainer:
     binary = config.loss == "binary"
 
     def dataset(rows: Rows | None) -> Dataset | None:
-        return rows and Dataset.from_list([vars(group) for group in groups(rows.rows, encode, binary)])
+        if rows is None:
+            return None
+        made = groups(rows.rows, encode, binary)
+        return Dataset.from_list([{**vars(group), "length": max(map(len, group.ids))} for group in made])
 
     settings = part.settings(RewardConfig, center_rewards_coefficient=config.center or None, remove_unused_columns=False)
     torch.manual_seed(part.seed)  # the head begins at random
@@ -239,7 +238,8 @@ def trainer(part: Part) -> Trainer:
     if peft:
         peft.task_type, peft.modules_to_save = "SEQ_CLS", ["score"]
     pad = part.tokenizer.pad_token_id
-    return Trainer(
+    model.config.num_labels = 1  # TRL takes no other; the head keeps its width
+    made = Trainer(
         model=model,
         args=settings,
         data_collator=lambda examples: collate(examples, pad),
@@ -248,17 +248,20 @@ def trainer(part: Part) -> Trainer:
         processing_class=part.tokenizer,
         peft_config=peft,
     )
+    model.config.num_labels = heads
+    return made
 
 
 # ---------------------------------------------------------------- afterwards
 
 
 def finish(run: Run, out: Path) -> dict[str, Any]:
-    """Write what a scorer has to know beside the model."""
+    """Write what a scorer has to know beside the model, and measure it on the rows that the last stage held out."""
     config: Reward = run.config
-    train, _ = next(reversed(run.rows.values()))
-    members = sorted(path.name for path in out.iterdir() if path.is_dir())
+    train, held = next(reversed(run.rows.values()))
+    members = sorted((path.name for path in out.iterdir() if path.is_dir()), key=lambda name: int(name.rpartition("-")[2]))
     facts = {
+        "name": run.out.name,
         "heads": config.heads,
         "form": "conversational" if train.conversational else "plain",
         "max_length": config.max_length,
@@ -267,13 +270,8 @@ def finish(run: Run, out: Path) -> dict[str, Any]:
         "weights": weights_hash(out),
     }
     (out / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return {}
+    if held is None:
+        return {}
+    from rlaif.train.held_out import evaluate
 
-
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over all files of weights in a folder."""
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+    return evaluate(config, held, out, run.out)

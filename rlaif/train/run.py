@@ -12,20 +12,23 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
+from huggingface_hub import constants
 
 from rlaif.data import atomic
 from rlaif.job import versions
+from rlaif.provenance import labelers
 from rlaif.records import Row, UsageError
 from rlaif.runner import StoppedError
 from rlaif.train.config import Training
 from rlaif.train.data import Encode, Rows, encoder, fitting, held_out
+from rlaif.train.folder import Folder, hashes
 
 PACKAGES = ("rlaif", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 EMBEDDED = "embedded"
@@ -97,6 +100,7 @@ class Run:
     config: Any
     resume: bool = False
     rows: dict[str, tuple[Rows, Rows | None]] = field(default_factory=dict)
+    labelers: list[dict[str, Any]] = field(default_factory=list)
     parts: list[dict[str, Any]] = field(default_factory=list)
     models: dict[str, Path] = field(default_factory=dict)
     """Each member's last model; under the name "" where there is one member."""
@@ -119,22 +123,30 @@ class Run:
         stages = self.config.each_stage()
         for number, stage in enumerate(stages, 1):
             self.rows[f"stage-{number}"] = self.module.read(stage)
-        report = self._open()
+        self.labelers = labelers((name for stage in stages for name in stage.files), self.config.human)
+        folder = Folder(self.out, self.config.model_dump(mode="json"), hashes(self.rows), self.resume)
+        report = folder.report()
         if report:
             return report
         tokenizer = load_tokenizer(self.config)
         encode = encoder(tokenizer)
         self.rows = {name: self._fitting(found, encode) for name, found in self.rows.items()}
-        members = getattr(self.config, "ensemble", 1)
-        for member in range(members):
-            model = model_path(self.config.model)
-            for number, stage in enumerate(stages, 1):
-                own = f"member-{member + 1}" if members > 1 else ""
-                name = "/".join(part for part in (own, f"stage-{number}" if len(stages) > 1 else "") if part) or "train"
-                folder, (train, held) = self.out / "parts" / name, self.rows[f"stage-{number}"]
-                model = str(self._part(Part(name, stage, model, folder, stage.seed + member, tokenizer, train, held)))
-            self.models[own] = Path(model)
-        return self._close()
+        meet(self.config)  # all processes have looked at the folder before the main one writes to it
+        with folder.held() if self.main else nullcontext():
+            members = getattr(self.config, "ensemble", 1)
+            for member in range(members):
+                name = f"member-{member + 1}" if members > 1 else ""
+                self.models[name] = self._member(name, member, stages, tokenizer)
+            return self._close()
+
+    def _member(self, own: str, number: int, stages: list[Any], tokenizer: Any) -> Path:
+        """Train one member through all stages; returns the folder of its last model."""
+        model = model_path(self.config.model)
+        for which, stage in enumerate(stages, 1):
+            name = "/".join(part for part in (own, f"stage-{which}" if len(stages) > 1 else "") if part) or "train"
+            folder, (train, held) = self.out / "parts" / name, self.rows[f"stage-{which}"]
+            model = str(self._part(Part(name, stage, model, folder, stage.seed + number, tokenizer, train, held)))
+        return Path(model)
 
     def _fitting(self, found: tuple[Rows, Rows | None], encode: Encode) -> tuple[Rows, Rows | None]:
         train, held = (
@@ -142,41 +154,6 @@ class Run:
         )
         assert train
         return train, held
-
-    # ------------------------------------------------------------ the folder
-
-    def _open(self) -> dict[str, Any] | None:
-        """Make or check the folder; the report of a run that is finished already."""
-        stored, settings = self.out / "config.yaml", self.config.model_dump(mode="json")
-        if not self.main:
-            return None
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"{self.out}: is a file; out is a folder")
-        if stored.exists():
-            before = yaml.safe_load(stored.read_text(encoding="utf-8"))
-            changed = [name for name in settings if settings[name] != before.get(name)]
-            if not self.resume:
-                raise UsageError(f"{self.out} holds a run already: --resume goes on with it, or choose another out")
-            if changed:
-                raise UsageError(f"{self.out} was begun with other settings ({', '.join(changed)}): choose another out")
-            if self.model.is_dir() and (self.out / "run.json").exists():
-                report: dict[str, Any] = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-                self._same_data(report)
-                return report
-        elif self.out.is_dir() and any(self.out.iterdir()):
-            raise UsageError(f"{self.out}: the folder is not empty, and holds no run")
-        elif self.resume:
-            raise UsageError(f"{self.out}: there is no run to resume")
-        self.out.mkdir(parents=True, exist_ok=True)
-        with atomic(stored) as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        return None
-
-    def _same_data(self, report: Mapping[str, Any]) -> None:
-        now = {name: train.facts()["sha256"] for name, (train, _) in self.rows.items()}
-        before = {name: report["data"][name]["train"]["sha256"] for name in report["data"]}
-        if now != before:
-            raise UsageError(f"{self.out}: the data has changed since: choose another out")
 
     def _close(self) -> dict[str, Any]:
         """Put the model into its place, and write what was done."""
@@ -187,6 +164,7 @@ class Run:
                 name: {"train": train.facts(), "held_out": held.facts() if held else None}
                 for name, (train, held) in self.rows.items()
             },
+            "labeler": self.labelers,
             "parts": self.parts,
             "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         }
@@ -196,8 +174,9 @@ class Run:
                     shutil.copytree(made, folder / name, copy_function=link, dirs_exist_ok=True)
                 report["evaluation"] = self.module.finish(self, folder)
             from rlaif.train.card import write_card
-            from rlaif.train.curves import write_curves
+            from rlaif.train.curves import last, write_curves
 
+            report["metrics"] = last(self.out / "metrics.jsonl")
             report["wall_seconds"] = round(time.monotonic() - self.started, 1)
             report["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             write_curves(self.out / "metrics.jsonl", self.out / "plots")
@@ -213,22 +192,29 @@ class Run:
         """Train a part, unless that is done; returns the folder of its model."""
         from transformers import PrinterCallback
 
-        from rlaif.train.checkpoints import Checkpoints, newest
-        from rlaif.train.record import Recorder
+        from rlaif.train.checkpoints import Checkpoints, Trained, clear, newest, step_of
+        from rlaif.train.record import Recorder, tokens_read
 
         model = part.folder / "model"
         done = part.folder / "done.json"
         if not done.exists():
             part.arguments.update(arguments(part))
             trainer = self.module.trainer(part)
-            checkpoints, recorder = Checkpoints(), Recorder(self.out / "metrics.jsonl", part.name)
+            checkpoints, recorder = Checkpoints(part.config.keep), Recorder(self.out / "metrics.jsonl", part.name)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(recorder)
             trainer.add_callback(checkpoints)
             start = newest(part.folder / "checkpoints")
+            if self.main:
+                clear(part.folder / "checkpoints")
+            if start:
+                trainer._total_train_tokens = tokens_read(recorder.path, part.name, step_of(start))  # TRL begins at 0
+                trainer.args.eval_on_start = False  # that was another start
             begun = time.monotonic()
             try:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
+            except Trained:
+                pass
             finally:
                 recorder.close()
                 checkpoints.restore()
@@ -255,7 +241,7 @@ def run(kind: str, config: Training, resume: bool = False) -> dict[str, Any]:
     Raises: UsageError for bad settings or data, before a model is loaded; FatalError where a model cannot be loaded;
     StoppedError where it was interrupted, after a checkpoint.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers say what they train, unless told not to
+    constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers say what they train, unless told not to
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
@@ -291,6 +277,14 @@ def load_tokenizer(config: Any) -> Any:
     return tokenizer
 
 
+def meet(config: Training) -> None:
+    """Wait until all processes of the run are here, where `accelerate launch` started several."""
+    import torch
+    from accelerate import PartialState
+
+    PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available()).wait_for_everyone()
+
+
 def arguments(part: Part) -> dict[str, Any]:
     """The fields that all of TRL's configs share, from ours."""
     import torch
@@ -323,7 +317,7 @@ def arguments(part: Part) -> dict[str, Any]:
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": config.save_steps or max(1, -(-steps // 10)),
-        "save_total_limit": config.keep,
+        "save_total_limit": None,  # `Checkpoints` lets old ones go, when the new one is complete
         "eval_strategy": "steps" if part.held and config.eval_steps else "no",
         "eval_steps": config.eval_steps,
         "report_to": list(config.report_to) or "none",

@@ -1,0 +1,109 @@
+"""A run's folder: what it was begun with, whether it may go on, and the one process that writes to it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlaif.data import atomic
+from rlaif.records import UsageError, digest
+from rlaif.train.data import Rows
+from rlaif.yamlfile import read_yaml
+
+LOCK, DATA = ".lock", "data.json"
+FREE = ("name", "description", "out")
+"""Settings that may differ where a run goes on: they change no number, and the folder may have moved."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The folder of a run with these settings on rows with these hashes."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    hashes: Mapping[str, str | None]
+    resume: bool
+
+    def report(self) -> dict[str, Any] | None:
+        """What a finished run left; None for one that is still to be trained.
+
+        Raises: UsageError where the folder is of something else, or of a run that this one cannot go on with.
+        """
+        stored = self.path / "config.yaml"
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path}: is a file; out is a folder")
+        if not stored.exists():
+            if self.resume:
+                raise UsageError(f"{self.path}: there is no run to resume")
+            if self.path.is_dir() and any(path.name != DATA and path.name[0] != "." for path in self.path.iterdir()):
+                raise UsageError(f"{self.path}: the folder is not empty, and holds no run")
+            return None
+        if not self.resume:
+            raise UsageError(f"{self.path} holds a run already: --resume goes on with it, or choose another out")
+        before = read_yaml(stored)
+        changed = [name for name in self.settings if self.settings[name] != before.get(name) and name not in FREE]
+        if changed:
+            raise UsageError(f"{self.path} was begun with other settings ({', '.join(changed)}): choose another out")
+        if _read(self.path / DATA) != self.hashes:
+            raise UsageError(f"{self.path}: the data has changed since the run began: choose another out")
+        finished = self.path / "run.json"
+        return _read(finished) if finished.exists() and (self.path / "model").is_dir() else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder where there is none, and keep other processes from it; the end of this one frees it, however it ends.
+
+        Raises: UsageError where another process has it, or it cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be written to: {error.strerror or error}") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another out") from None
+            self.report()  # again: another process may have been here in between
+            if not (self.path / "config.yaml").exists():
+                self._begin()
+            yield
+
+    def _begin(self) -> None:
+        with atomic(self.path / DATA) as temporary:
+            temporary.write_text(json.dumps(self.hashes, indent=2) + "\n", encoding="utf-8")
+        with atomic(self.path / "config.yaml") as temporary:  # last: from now on there is a run
+            temporary.write_text(yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    return found
+
+
+def hashes(rows: Mapping[str, tuple[Rows, Rows | None]]) -> dict[str, str | None]:
+    """SHA-256 of all rows, as they were read, of each part: those that are trained on, and those held out."""
+    return {
+        f"{name}/{side}": _hash(found) if found else None
+        for name, both in rows.items()
+        for side, found in zip(("train", "held_out"), both, strict=True)
+    }
+
+
+def _hash(rows: Rows) -> str:
+    found = hashlib.sha256()
+    for row in rows.rows:
+        found.update(digest(row).encode())
+    return found.hexdigest()

@@ -1,0 +1,155 @@
+"""The shipped configs: each is what its kind of training takes, and what `accelerate launch` takes; and their guide is whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
+
+from rlaif.labeler import load_labeler
+from rlaif.records import UsageError
+from rlaif.train.config import KINDS, LOSSES, Lora, Reward, load_config
+from rlaif.yamlfile import named, shipped
+from tests.conftest import cli, write_jsonl
+
+CONFIGS = sorted(shipped("pipelines/train").glob("*.yaml"))
+LAUNCHES = sorted(shipped("pipelines/accelerate").glob("*.yaml"))
+GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+def command(path: Path) -> tuple[str, str]:
+    """The kind and the name in a config's first line, which says how it is used."""
+    found = re.fullmatch(r"# rlaif train (\w+) ([\w-]+)", path.read_text(encoding="utf-8").partition("\n")[0])
+    assert found, f"{path.name}: its first line is not its command"
+    return found[1], found[2]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_is_one_of_the_kind_that_its_first_line_says(path: Path) -> None:
+    kind, name = command(path)
+    assert name == path.stem
+    config = load_config(kind, named("pipelines/train", name))
+    assert config.name == name
+    assert config.model == "embedded"
+    assert config.out == f"runs/{name}"
+    for stage in config.each_stage():
+        assert all(re.fullmatch(r"\w+\.jsonl", file) for file in stage.files)
+    judge = getattr(config, "judge", None)
+    assert judge is None or load_labeler(judge)
+
+
+def test_the_configs_mean_what_their_names_say() -> None:
+    loaded = {path.stem: load_config(command(path)[0], path) for path in CONFIGS}
+    losses = {name: config.loss for name, config in loaded.items() if hasattr(config, "loss") and command_of(name) == "dpo"}
+    assert losses == {
+        "dpo": "dpo",
+        "dpo-soft": "dpo",
+        "sdpo": "dpo",
+        "apo-zero": "apo_zero",
+        "apo-auto": "auto",
+        "simpo": "simpo",
+        "orpo": "orpo",
+    }
+    rewards = {name: config for name, config in loaded.items() if isinstance(config, Reward)}
+    assert rewards["reward"].labels == rewards["reward-ranking"].labels == "soft"
+    assert rewards["reward-ranking"].loss == "ranking"
+    assert rewards["reward-llama2"].margin_values["slightly better"] == pytest.approx(1 / 3)
+    assert rewards["reward-heads"].heads == ("helpful", "safe")
+    first, second = rewards["reward-pretrained"].each_stage()
+    assert (first.loss, first.labels, second.loss, second.labels) == ("binary", "hard", "pairwise", "soft")
+    assert len(loaded["sdpo"].each_stage()) == 3
+
+
+def command_of(name: str) -> str:
+    return command(named("pipelines/train", name))[0]
+
+
+def test_the_command_takes_a_shipped_configs_name(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": "Q?", "chosen": "Yes.", "rejected": "Yes."}])
+    done = cli("train", "dpo", "dpo", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train.jsonl line 1: columns 'chosen' and 'rejected' are identical" in done.stderr
+    done = cli("train", "dpo", "nothing", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no file 'nothing'" in done.stderr
+    assert "dpo-soft" in done.stderr
+
+
+def test_a_config_of_another_kind_is_refused_in_words() -> None:
+    with pytest.raises(UsageError, match=r"reward-heads\.yaml"):
+        load_config("dpo", named("pipelines/train", "reward-heads"))
+
+
+# ------------------------------------------------------------ accelerate
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_knows_every_key_of_a_launch_file(path: Path) -> None:
+    ClusterConfig.from_yaml_file(str(path))  # refuses unknown keys
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {action.dest for action in launch_command_parser()._actions}
+    inner = {key for name in ("fsdp_config", "deepspeed_config") for key in content.get(name, {})}
+    assert inner <= known  # which accelerate itself does not check
+    assert f"pipelines/accelerate/{path.name}" in path.read_text(encoding="utf-8").partition("\n")[0]
+
+
+def test_the_launch_files_are_those_of_the_guide() -> None:
+    assert [path.stem for path in LAUNCHES] == ["cpu-2", "ddp", "deepspeed-zero2", "deepspeed-zero3", "fsdp"]
+    assert all(f"{path.stem}.yaml" in GUIDE for path in LAUNCHES)
+
+
+# ------------------------------------------------------------ the guide
+
+
+def table_rows(heading: str) -> dict[str, list[str]]:
+    """The rows of the table under a heading of the guide, by their first cell's code."""
+    text = GUIDE.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n") if line.startswith("| `")]
+    return {row[0].strip("`"): row for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("heading", "model", "base"),
+    [
+        ("## Settings of every kind", KINDS["sft"].__mro__[1], None),
+        ("## Supervised fine-tuning", KINDS["sft"], KINDS["sft"].__mro__[1]),
+        ("## Reward models", KINDS["reward"], KINDS["reward"].__mro__[1]),
+        ("## Preference losses", KINDS["dpo"], KINDS["dpo"].__mro__[1]),
+        ("## LoRA", Lora, None),
+    ],
+)
+def test_the_guide_has_every_setting_with_its_default(heading: str, model: Any, base: Any) -> None:
+    inherited = base.model_fields if base else {}
+    fields = {
+        name: field for name, field in model.model_fields.items() if repr(field) != repr(inherited.get(name)) and name != "stages"
+    }
+    rows = table_rows(heading)
+    prefix = "lora." if model is Lora else ""
+    assert fields.keys() | {"stages"} >= {name.removeprefix(prefix) for name in rows if name.removeprefix(prefix) in model.model_fields}
+    for name, field in fields.items():
+        row = rows[prefix + name]
+        assert told(row[1]) == shown(field), f"{name}: the guide says {row[1]}"
+
+
+def told(cell: str) -> str:
+    return cell.strip().strip("`")
+
+
+def shown(field: Any) -> str:
+    """A default as the guide writes it."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value in ((), {}, ""):
+        return "–"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_guide_has_every_loss() -> None:
+    rows = {name for heading in ("## Preference losses",) for row in table_rows(heading) for name in re.split(r"`, `", row)}
+    assert {name for name in LOSSES if name not in rows} == set()
