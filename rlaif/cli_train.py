@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import Annotated
 
 import typer
+
+from rlaif.records import RlaifError
+
+PATIENCE = 20.0
+"""Seconds in which the launcher of several processes ends the others, when the main one has said what is wrong."""
 
 train_app = typer.Typer(
     help="Train on the labels: supervised fine-tuning, reward models, DPO and its family, KTO.",
@@ -47,9 +54,16 @@ def _train(kind: str, name: str, changes: list[str] | None, resume: bool) -> Non
     from rlaif.train.config import load_config
     from rlaif.yamlfile import named
 
-    config = load_config(kind, named("pipelines/train", name), changes or [])
-    from rlaif.train.run import run
+    main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(kind, named("pipelines/train", name), changes or [])
+        from rlaif.train.run import run
 
-    report = run(kind, config, resume)
-    steps = sum(part["steps"] for part in report["parts"])
-    print(f"{config.out}/model: {steps:,} steps in {report.get('wall_seconds', 0):,.0f} s")
+        report = run(kind, config, resume)
+    except RlaifError:
+        if not main:
+            time.sleep(PATIENCE)
+        raise
+    if main:
+        steps = sum(part["steps"] for part in report["parts"])
+        print(f"{config.out}/model: {steps:,} steps in {report.get('wall_seconds', 0):,.0f} s")

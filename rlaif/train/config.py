@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,6 +17,8 @@ WHOLE_RUN = {
     *("ensemble", "combine", "human", "report_to"),
 }
 """Fields that a stage cannot change."""
+
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 Labels = Literal["auto", "soft", "hard"]
 
@@ -82,6 +85,13 @@ class Training(YamlFile):
     stages: tuple[dict[str, Any], ...] = ()
     trainer: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("data")
+    @classmethod
+    def _source(cls, data: Any) -> Any:
+        if data is None or isinstance(data, str):
+            return data
+        raise ValueError("expected a file's name")
+
     @field_validator("stages")
     @classmethod
     def _stage_fields(cls, stages: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
@@ -92,6 +102,12 @@ class Training(YamlFile):
                 if name in WHOLE_RUN:
                     raise ValueError(f"stage {number}: '{name}' belongs to the whole run")
         return stages
+
+    @field_validator("trainer")
+    @classmethod
+    def _numbers(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        """YAML takes 1e-8 for a text, and TRL's configs do not say what they expect."""
+        return {name: float(value) if EXPONENT.fullmatch(str(value)) else value for name, value in trainer.items()}
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
@@ -174,7 +190,7 @@ class Reward(Training):
 
     @field_validator("data")
     @classmethod
-    def _heads(cls, data: Any) -> Any:
+    def _source(cls, data: Any) -> Any:
         if data is None or isinstance(data, str) or (isinstance(data, dict) and data):
             return data
         raise ValueError("a file, or a file for each head, as {helpful: a.jsonl, safe: b.jsonl}")

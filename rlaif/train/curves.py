@@ -28,6 +28,7 @@ FAMILIES = {
 """A picture's name, and the figures it shows, each of them with its `eval_` form where it was logged."""
 
 COLOURS = (BLUE, ORANGE, GREY, RED, "#3b8a5a", "#7a58a6", "#a08119", INK)
+NO_FIGURES, TIME = ("part", "step", "epoch"), ("_runtime", "_per_second")
 FEW = 12
 """Up to so many points are marked one by one."""
 
@@ -89,9 +90,9 @@ def picture(found: Sequence[Curve], title: str) -> bytes:
 
 
 def last(metrics: Path) -> dict[str, dict[str, Any]]:
-    """Each part's figures as they were logged last."""
+    """Each part's figures as they were logged last; without those of time."""
     found: dict[str, dict[str, Any]] = {}
     for line in lines(metrics):
-        figures = {name: value for name, value in line.items() if name not in ("part", "step", "epoch")}
+        figures = {name: value for name, value in line.items() if name not in NO_FIGURES and not name.endswith(TIME)}
         found.setdefault(line["part"], {}).update(figures)
     return found

@@ -121,7 +121,7 @@ def _read(source: str, limit: int | None, made: Callable[[Row, str], Row], numbe
         columns = set(one)
         if rows and isinstance(one.get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
             raise UsageError(f"{where}: texts and lists of messages in one file: choose a form")
-        _check_numbers(one, where, numbers)
+        _check_values(one, where, numbers)
         rows.append(one)
     if not rows:
         raise UsageError(f"{source}: no rows")
@@ -165,13 +165,15 @@ def _check_response(text: str | None, value: Any, where: str, column: str) -> No
         raise UsageError(f"{where}: column '{column}' is empty")
 
 
-def _check_numbers(row: Row, where: str, columns: Iterable[str]) -> None:
+def _check_values(row: Row, where: str, columns: Iterable[str]) -> None:
     for name in {"soft_label", "margin"} & set(columns) & set(row):
         value = row[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UsageError(f"{where}: column '{name}': expected a number, got {value!r}")
         if name == "soft_label" and not 0 <= value <= 1:
             raise UsageError(f"{where}: column 'soft_label': expected a probability from 0 to 1, got {value!r}")
+    if "group" in columns and "group" in row and type(row["group"]) not in (str, int):
+        raise UsageError(f"{where}: column 'group': expected text or a whole number, got {kind_of(row['group'])}")
 
 
 def _from_messages(row: Row, where: str) -> Row:

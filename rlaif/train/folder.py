@@ -18,7 +18,9 @@ from rlaif.records import UsageError, digest
 from rlaif.train.data import Rows
 from rlaif.yamlfile import read_yaml
 
-LOCK, DATA = ".lock", "data.json"
+CONFIG, DATA = "config.yaml", "data.json"
+LOCK = ".rlaif.lock"
+"""Made before anything else: a folder that has it is ours."""
 FREE = ("name", "description", "out")
 """Settings that may differ where a run goes on: they change no number, and the folder may have moved."""
 
@@ -37,18 +39,18 @@ class Folder:
 
         Raises: UsageError where the folder is of something else, or of a run that this one cannot go on with.
         """
-        stored = self.path / "config.yaml"
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path}: is a file; out is a folder")
-        if not stored.exists():
-            if self.resume:
+        if not self._trained:
+            ours = (self.path / LOCK).exists()
+            if self.resume and not ours:
                 raise UsageError(f"{self.path}: there is no run to resume")
-            if self.path.is_dir() and any(path.name != DATA and path.name[0] != "." for path in self.path.iterdir()):
+            if not ours and self.path.is_dir() and any(self.path.iterdir()):
                 raise UsageError(f"{self.path}: the folder is not empty, and holds no run")
             return None
         if not self.resume:
             raise UsageError(f"{self.path} holds a run already: --resume goes on with it, or choose another out")
-        before = read_yaml(stored)
+        before = read_yaml(self.path / CONFIG)
         changed = [name for name in self.settings if self.settings[name] != before.get(name) and name not in FREE]
         if changed:
             raise UsageError(f"{self.path} was begun with other settings ({', '.join(changed)}): choose another out")
@@ -56,6 +58,11 @@ class Folder:
             raise UsageError(f"{self.path}: the data has changed since the run began: choose another out")
         finished = self.path / "run.json"
         return _read(finished) if finished.exists() and (self.path / "model").is_dir() else None
+
+    @property
+    def _trained(self) -> bool:
+        """Whether there is anything that could be lost: a run that failed before its first step may begin otherwise."""
+        return any((self.path / name).exists() for name in ("parts", "run.json"))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -74,15 +81,15 @@ class Folder:
             except BlockingIOError:
                 raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another out") from None
             self.report()  # again: another process may have been here in between
-            if not (self.path / "config.yaml").exists():
+            if not self._trained:
                 self._begin()
             yield
 
     def _begin(self) -> None:
+        with atomic(self.path / CONFIG) as temporary:
+            temporary.write_text(yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
         with atomic(self.path / DATA) as temporary:
             temporary.write_text(json.dumps(self.hashes, indent=2) + "\n", encoding="utf-8")
-        with atomic(self.path / "config.yaml") as temporary:  # last: from now on there is a run
-            temporary.write_text(yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Recorder(TrainerCallback):
     def __init__(self, path: Path, part: str):
         self.path, self.part = path, part
         self._progress: Progress | None = None
-        self._last = ""
+        self._last: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._begun, self._first = time.monotonic(), state.global_step
@@ -45,7 +45,7 @@ class Recorder(TrainerCallback):
             return
         for name in ("loss", "eval_loss"):
             if name in figures:
-                self._last = f"{name.replace('_', ' ')} {figures[name]:.4f}"
+                self._last[name] = f"{name.replace('_', ' ')} {figures[name]:.4f}"
         line = {"part": self.part, "step": state.global_step, "epoch": state.epoch, **figures}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
@@ -62,7 +62,7 @@ class Recorder(TrainerCallback):
     def _show(self, step: int) -> None:
         if self._progress:
             rate = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
-            self._progress.update(step, " · ".join(part for part in (self._last, f"{rate:.2f} steps/s") if part))
+            self._progress.update(step, " · ".join((*self._last.values(), f"{rate:.2f} steps/s")))
 
 
 def _finite(value: Any) -> Any:

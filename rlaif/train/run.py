@@ -24,7 +24,7 @@ from huggingface_hub import constants
 from rlaif.data import atomic
 from rlaif.job import versions
 from rlaif.provenance import labelers
-from rlaif.records import Row, UsageError
+from rlaif.records import FatalError, Row, UsageError
 from rlaif.runner import StoppedError
 from rlaif.train.config import Training
 from rlaif.train.data import Encode, Rows, encoder, fitting, held_out
@@ -60,16 +60,21 @@ class Part:
         return LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
 
     def settings(self, kind: type[Any], **own: Any) -> Any:
-        """TRL's config of this kind. Raises: UsageError for a field of `trainer` that it has not, or that is ours to set."""
+        """TRL's config of this kind.
+
+        Raises: UsageError for a field of `trainer` that it has not, or that is ours to set, and for values that it refuses.
+        """
         known = {own.name for own in fields(kind)}
         for name in self.config.trainer:
             if name not in known:
                 raise UsageError(f"trainer.{name}: {kind.__name__} has no such field")
             if name in self.arguments or name in own:
                 raise UsageError(f"trainer.{name}: is set by a field of its own")
-        return kind(
-            **{k: v for k, v in {**self.arguments, **own}.items() if k in known and v is not None}, **self.config.trainer
-        )
+        values = {k: v for k, v in {**self.arguments, **own}.items() if k in known and v is not None}
+        try:
+            return kind(**values, **self.config.trainer)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.config.name}: {kind.__name__}: {' '.join(str(error).split())}") from error
 
 
 class Kind(Protocol):
@@ -199,11 +204,13 @@ class Run:
         done = part.folder / "done.json"
         if not done.exists():
             part.arguments.update(arguments(part))
-            trainer = self.module.trainer(part)
+            trainer = self._trainer(part)
             checkpoints, recorder = Checkpoints(part.config.keep), Recorder(self.out / "metrics.jsonl", part.name)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(recorder)
             trainer.add_callback(checkpoints)
+            if trainer.args.ddp_find_unused_parameters is None:
+                trainer.args.ddp_find_unused_parameters = False  # looking for them takes time; `trainer` can ask for it
             start = newest(part.folder / "checkpoints")
             if self.main:
                 clear(part.folder / "checkpoints")
@@ -230,6 +237,12 @@ class Run:
             free(trainer)
         self.parts.append(json.loads(done.read_text(encoding="utf-8")))
         return model
+
+    def _trainer(self, part: Part) -> Any:
+        try:
+            return self.module.trainer(part)
+        except (OSError, ValueError, RuntimeError) as error:  # no weights, layers that are not there, too little memory …
+            raise FatalError(f"cannot begin to train {part.model}: {' '.join(str(error).split())[:300]}") from error
 
 
 MODULES = {"sft": "sft", "reward": "reward", "dpo": "preference", "kto": "preference"}

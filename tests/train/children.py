@@ -10,9 +10,10 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,12 @@ class Death:
 
 
 def start(
-    kind: str, settings: dict[str, Any], resume: bool = False, death: Death | None = None, batches: Path | None = None
+    kind: str,
+    settings: dict[str, Any],
+    resume: bool = False,
+    death: Death | None = None,
+    batches: Path | None = None,
+    env: dict[str, str] | None = None,
 ) -> Callable[[], tuple[int, str]]:
     """Begin a run; the function that comes back waits for it, and returns its exit code with what it said on stderr.
 
@@ -47,7 +53,7 @@ def start(
     """
     with tempfile.NamedTemporaryFile(suffix=".stderr", delete=False) as file:
         says = Path(file.name)
-    child = CHILDREN.Process(target=_train, args=(kind, settings, resume, death, batches, says))
+    child = CHILDREN.Process(target=_train, args=(kind, settings, resume, death, batches, env or {}, says))
     child.start()
 
     def wait() -> tuple[int, str]:
@@ -67,7 +73,29 @@ def train(kind: str, settings: dict[str, Any], **told: Any) -> tuple[int, str]:
     return start(kind, settings, **told)()
 
 
-def _train(kind: str, settings: dict[str, Any], resume: bool, death: Death | None, batches: Path | None, says: Path) -> None:
+def train_together(kind: str, settings: dict[str, Any], deaths: Sequence[Death | None], **told: Any) -> list[tuple[int, str]]:
+    """One run in several processes, as many as `deaths`, with what a launcher tells them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(len(deaths)), "OMP_NUM_THREADS": "1"}
+    started = [
+        start(kind, settings, death=death, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **told)
+        for rank, death in enumerate(deaths)
+    ]
+    return [wait() for wait in started]
+
+
+def _train(
+    kind: str,
+    settings: dict[str, Any],
+    resume: bool,
+    death: Death | None,
+    batches: Path | None,
+    env: dict[str, str],
+    says: Path,
+) -> None:
+    os.environ.update(env)
     os.dup2(os.open(says, os.O_WRONLY), 2)
     import torch
 

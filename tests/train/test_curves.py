@@ -109,7 +109,7 @@ def test_the_last_figures_of_each_part_are_told(tmp_path: Path) -> None:
         tmp_path / "m.jsonl",
         line("stage-1", 1, loss=1.0, grad_norm=3.0),
         line("stage-1", 2, loss=0.5),
-        line("stage-1", 2, eval_loss=0.25),
+        line("stage-1", 2, eval_loss=0.25, eval_runtime=1.5, eval_samples_per_second=3.0),
         line("stage-2", 1, loss="nan"),
     )
     with metrics.open("a") as file:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rlaif.records import UsageError
 from rlaif.train.config import Reward
@@ -28,7 +29,7 @@ def folder(path: Path, resume: bool = False, hashed: dict[str, str | None] | Non
 
 def begun(path: Path, **settings: Any) -> Path:
     with folder(path, **settings).held():
-        pass
+        (path / "parts").mkdir(exist_ok=True)
     return path
 
 
@@ -99,6 +100,7 @@ def test_a_finished_run_gives_its_report(tmp_path: Path) -> None:
 
 def test_strangers_files_are_not_touched(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "config.yaml").write_text("out: .")
     with pytest.raises(UsageError, match="not empty, and holds no run"):
         folder(tmp_path).report()
     with pytest.raises(UsageError, match="is a file; out is a folder"):
@@ -112,10 +114,14 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
             pass
 
 
-def test_killed_before_its_settings_stood_there_a_run_can_begin_again(tmp_path: Path) -> None:
-    begun(tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").unlink()
-    begun(tmp_path / "run")
+def test_a_run_that_failed_before_its_first_step_may_begin_otherwise(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        with folder(tmp_path / "run", seed=seed, hashed={"stage-1/train": str(seed)}).held():
+            pass
+    with folder(tmp_path / "run", resume=True, seed=3, hashed={"stage-1/train": "3"}).held():
+        pass
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 3
+    assert json.loads((tmp_path / "run" / "data.json").read_text()) == {"stage-1/train": "3"}
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "data.json", "run.json"])
@@ -154,7 +160,7 @@ def test_two_that_begin_at_once_do_not_mix(tmp_path: Path) -> None:
     assert first.report() is None
     assert second.report() is None
     with first.held():
-        pass
+        (tmp_path / "run" / "parts").mkdir()
     with pytest.raises(UsageError, match="holds a run already"), second.held():
         pass
 

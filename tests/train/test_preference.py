@@ -261,8 +261,7 @@ def test_a_stage_is_held_to_the_model_that_the_last_one_made(lora: Any, tiny: st
 
 def test_a_reference_of_its_own_stays_what_it_is(tiny: str, tmp_path: Path, pairs: Path) -> None:
     own = {"max_steps": 3, "reference": tiny, "learning_rate": 1e-2}
-    learnt, first = in_stages(tmp_path / "out", config(tiny, tmp_path / "out", pairs, stages=({}, {}), **own))
-    assert learnt * first > 0
+    _, first = in_stages(tmp_path / "out", config(tiny, tmp_path / "out", pairs, stages=({}, {}), **own))
     assert abs(first) > 0.1
 
 
@@ -318,11 +317,20 @@ def test_kto_takes_pairs_apart(loss: str, tiny: str, tmp_path: Path, pairs: Path
     assert same(models[0], models[2])
 
 
-def test_kto_batches_mix_both_labels(tiny: str, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "many.jsonl", [{**ROWS[0], "prompt": f"Why {n}?"} for n in range(32)])
-    trainer = preference.trainer(part_of(config(tiny, tmp_path / "out", data, Kto, batch_size=8)))
+def test_kto_mixes_labels_and_prompts(tiny: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Why {n}?", "completion": f" {label} {n}.", "label": label} for label in (True, False) for n in range(32)
+    ]
+    sorted_ = write_jsonl(tmp_path / "sorted.jsonl", rows)
+    paired = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": r["prompt"], "chosen": " Yes.", "rejected": " No."} for r in rows[:32]]
+    )
+    trainer = preference.trainer(part_of(config(tiny, tmp_path / "sorted", sorted_, Kto, batch_size=8)))
     batches = [batch["label"].tolist() for batch in trainer.get_train_dataloader()]
-    assert sum(len(set(batch)) == 2 for batch in batches) > len(batches) / 2
+    assert all(len(set(batch)) == 2 for batch in batches)
+    made = preference.trainer(part_of(config(tiny, tmp_path / "pairs", paired, Kto, batch_size=8))).train_dataset["prompt"]
+    neighbours = [made[n] == made[n - 1] for n in range(len(made)) if n % 8]  # where the divergence is estimated from
+    assert sum(neighbours) < len(neighbours) / 8
 
 
 @pytest.mark.parametrize("loss", ["cpo", "orpo"])
@@ -405,7 +413,7 @@ def planted(folder: Path, quality: float, **judge: Any) -> dict[str, Any]:
 def test_auto_takes_the_loss_that_fits(
     quality: float, loss: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given_ = planted(tmp_path, quality, bias=1.0)  # a judge that prefers what it sees first: asked in both orders
+    given_ = planted(tmp_path, quality)
     report = run("dpo", config(tiny, tmp_path / "out", **given_))
     (facts,) = report["evaluation"]["losses"]
     decision = facts["auto"]
@@ -449,6 +457,15 @@ def test_failed_judgements_are_no_votes(tiny: str, tmp_path: Path) -> None:
     with pytest.raises(RlaifError, match=r"none of .* comparisons got a label"):
         choose.choose(part_of(config(tiny, tmp_path / "none", **planted(tmp_path / "b", 3, refuse=1.0))))
     assert not (tmp_path / "none" / "auto" / "train" / "decision.json").exists()
+
+
+def test_a_preference_for_a_position_decides_nothing(tiny: str, tmp_path: Path) -> None:
+    given_ = planted(tmp_path, 3, bias=50.0)
+    judge = Path(given_["judge"])
+    judge.write_text(json.dumps({**json.loads(judge.read_text()), "both_orders": False}))
+    decision = choose.choose(part_of(config(tiny, tmp_path / "out", **given_)))
+    assert decision["p_chosen_better"] == pytest.approx(0.5)
+    assert not decision["clear"]
 
 
 def test_only_the_main_process_asks(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

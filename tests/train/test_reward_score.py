@@ -19,6 +19,7 @@ pytest.importorskip("trl", reason="needs trl")
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from rlaif.cli import app
@@ -27,10 +28,11 @@ from rlaif.engines.chat import BREAK
 from rlaif.engines.reward import RewardEngine
 from rlaif.job import Job
 from rlaif.records import Completion, FatalError, Request, RowError, UsageError
-from rlaif.reward import Comparisons, Folder, Ratings, Scorer, read_folder, work
+from rlaif.reward import Comparisons, Folder, Ratings, Scorer, read_folder, weights_hash, work
 from rlaif.runner import Limits
 from rlaif.train.config import Reward
-from rlaif.train.data import as_trained, encoder
+from rlaif.train.data import Rows, as_trained, encoder
+from rlaif.train.held_out import evaluate
 from rlaif.train.record import lines
 from rlaif.train.run import run
 from tests.conftest import read_jsonl, write_jsonl
@@ -94,6 +96,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             ],
             eval_share=0.3,
             loss="binary",
+            epochs=3,
         ),
     }
 
@@ -235,7 +238,7 @@ def test_no_message_can_end_its_turn(parts: list[str]) -> None:
 
 def test_a_message_that_ends_its_turn_is_scored_with_the_turn_as_its_text(made: Made) -> None:
     folder = made("heads") / "model"
-    text = "kind<|end|>\n<|turn|>user: thanks"
+    text = "kind<|end|>\n<|turn|>thanks"
     (found,) = results(Ratings(scorer(folder)), [{"prompt": "Hi?", "response": text}])
     broken = text.replace("<|end|>", f"<{BREAK}|end|>").replace("<|turn|>", f"<{BREAK}|turn|>")
     assert found["scores"]["nice"] == pytest.approx(by_hand(folder, templated("Hi?", broken))[0], abs=1e-5)
@@ -481,10 +484,8 @@ def test_samples_are_scored_for_the_builders(made: Made, tmp_path: Path) -> None
     assert [row["completion"] for row in read_jsonl(best)] == [row["responses"][1] for row in samples]
     ok("build", "rs-dpo", out, "-o", tmp_path / "r.jsonl", "--gap", 0.1)
     assert [row["chosen"] for row in read_jsonl(tmp_path / "r.jsonl")] == [row["responses"][1] for row in samples]
-    for name, more in (("rest", ("--threshold", 0)), ("rso", ("--beta", 0.5)), ("kto", ("--threshold", 0)), ("hir", ())):
-        done = cli("build", name, out, "-o", tmp_path / f"{name}.jsonl", *more)
-        assert done.exit_code == 0, (name, done.output, done.exception)
-        assert read_jsonl(tmp_path / f"{name}.jsonl")
+    for name, *more in (("rest", "--thresholds", -1), ("rso", "--beta", 0.5, "--keep", 2), ("kto", "--threshold", 0), ("hir",)):
+        ok("build", name, out, "-o", tmp_path / f"{name}.jsonl", *more)
 
 
 def test_comparisons_are_labelled_for_the_measures(made: Made, tmp_path: Path) -> None:
@@ -504,9 +505,9 @@ def test_comparisons_are_labelled_for_the_measures(made: Made, tmp_path: Path) -
 def test_members_are_told_apart_by_the_measures(made: Made, tmp_path: Path) -> None:
     data, out = write_jsonl(tmp_path / "d.jsonl", planted(20, 3)), tmp_path / "o.parquet"
     ok("reward", "score", data, "-o", out, "--model", made("ensemble") / "model")
-    found = json.loads(ok("align", out, "--human", "human_label", "--by", "labeler", "--json"))
+    found = json.loads(ok("align", out, "--human", "human_label", "--by", "labeler", "--json", "--resamples", 100))
     assert {"member-1", "member-2"} <= {result["name"] for result in found["results"]}
-    ok("report", out, "-o", tmp_path / "page.html", "--human", "human_label")
+    ok("report", out, "-o", tmp_path / "page.html")
     assert "Between labelers" in (tmp_path / "page.html").read_text()
 
 
@@ -568,7 +569,9 @@ def test_each_head_is_measured_on_its_own_rows(made: Made) -> None:
     found = evaluation(out)
     assert all(found["heads"][name]["accuracy"]["value"] > 0.9 for name in ("nice", "curt"))
     assert found["accuracy"]["value"] > 0.9
-    by_head = json.loads(ok("align", out / "held-out.jsonl", "--human", "reference", "--by", "head", "--json"))
+    by_head = json.loads(
+        ok("align", out / "held-out.jsonl", "--human", "reference", "--by", "head", "--json", "--resamples", 100)
+    )
     assert {"nice", "curt"} <= {result["name"] for result in by_head["results"]}
     rows = read_jsonl(out / "held-out.jsonl")
     assert {row["head"] for row in rows} == {"nice", "curt"}
@@ -597,14 +600,11 @@ def test_single_responses_are_measured_by_their_labels(made: Made) -> None:
 
 
 def test_a_reference_follows_the_soft_label_and_a_half_is_a_tie(made: Made, tmp_path: Path) -> None:
-    from rlaif.train.data import Rows
-    from rlaif.train.held_out import evaluate
-
     pairs = planted(12, 3)
     softs = [0.9, 0.5, 0.2] * 4
     held = Rows("held", [{**pair, "soft_label": soft, "head": 0} for pair, soft in zip(pairs, softs, strict=True)])
     config = Reward(data="x", out=str(tmp_path), device="cpu")
-    found = evaluate(config, held, made("plain") / "model", tmp_path)
+    found = evaluate(config, held, made("plain") / "model", tmp_path, resamples=100)
     rows = read_jsonl(tmp_path / "held-out.jsonl")
     for row, pair, soft in zip(rows, pairs, softs, strict=True):
         better = pair["chosen"] if soft > 0.5 else pair["rejected"]
@@ -612,8 +612,25 @@ def test_a_reference_follows_the_soft_label_and_a_half_is_a_tie(made: Made, tmp_
         assert row["reference_soft"] == pytest.approx(soft if row["response_a"] == pair["chosen"] else 1 - soft)
     assert found["accuracy_no_ties"]["n"] == 8
     # A run that was killed here does it again, with whatever model it then has.
-    again = evaluate(config, held, made("messages") / "model", tmp_path)
+    again = evaluate(config, held, made("messages") / "model", tmp_path, resamples=100)
     assert again["rows"] == 12
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_model_that_diverged_is_right_about_nothing(made: Made, tmp_path: Path, paired: bool) -> None:
+    copy = Path(shutil.copytree(made("messages") / "model", tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file({**weights, "score.weight": weights["score.weight"] * math.nan}, copy / "model.safetensors", {"format": "pt"})
+    facts = json.loads((copy / "reward.json").read_text())
+    (copy / "reward.json").write_text(json.dumps({**facts, "weights": weights_hash(copy)}))
+    single = [{"prompt": f"{n}?", "completion": "x", "label": n > 1, "head": 0} for n in range(4)]
+    held = Rows("held", [{**pair, "head": 0} for pair in planted(4)] if paired else single)
+    found = evaluate(Reward(data="x", out=str(tmp_path), device="cpu"), held, copy, tmp_path, resamples=100)
+    assert found["rows"] == found["failed"] == 4
+    assert "accuracy" not in found
+    rows = read_jsonl(tmp_path / "held-out.jsonl")
+    assert {row["error"] for row in rows} == {"the model's score is not a finite number"}
 
 
 def test_a_run_without_held_out_rows_measures_nothing(made: Made) -> None:
@@ -651,8 +668,6 @@ def test_a_folder_without_its_weights(made: Made, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_those_that_were_trained(made: Made, tmp_path: Path) -> None:
     """Other ones; and a language model's, whose missing head would be drawn at random."""
-    from rlaif.reward import weights_hash
-
     copy = Path(shutil.copytree(made("messages") / "model", tmp_path / "copy"))
     (copy / "model.safetensors").unlink()  # a link to the first one's
     shutil.copy(made("messages").parent / "tiny" / "model.safetensors", copy)
