@@ -31,7 +31,7 @@ from rlaif.train.run import Part
 DECISION = "decision.json"
 
 
-def chosen(config: Preference, part: str) -> dict[str, Any]:
+def decided(config: Preference, part: str) -> dict[str, Any]:
     """The decision that was stored for a part."""
     found: dict[str, Any] = json.loads((_folder(config, part) / DECISION).read_text(encoding="utf-8"))
     return found
@@ -40,9 +40,9 @@ def chosen(config: Preference, part: str) -> dict[str, Any]:
 def choose(part: Part) -> dict[str, Any]:
     """Decide, once for all processes and all times that the run is resumed.
 
-    The `loss`; `p_chosen_better`, the mean of the labeler's P(chosen is better than the model's own), with its 95 % interval
-    `low`, `high` (percentile bootstrap over prompts) and whether that is `clear` of 0.5; counts of `prompts`, of those
-    `compared`, `not_sampled`, `not_judged`, and of responses `cut` at the length of the longest chosen one.
+    The `loss`; `p_chosen_better`, the mean of the labeler's P(chosen is better than the model's own) as an `Estimate` over
+    prompts, and whether its interval is `clear` of 0.5; counts of `prompts`, of those `not_sampled` and `not_judged`, which
+    are no part of it, and of responses `cut` at the length of the longest chosen one.
 
     Raises: RlaifError where no comparison came of it; StoppedError where it was interrupted; FatalError as the engines do.
     """
@@ -55,7 +55,7 @@ def choose(part: Part) -> dict[str, Any]:
             temporary.write_text(json.dumps(decision, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     while not path.exists():  # a barrier would run out of time
         time.sleep(0.5)
-    found = chosen(part.config, part.name)
+    found = decided(part.config, part.name)
     if int(os.environ.get("RANK", "0")) == 0:
         print(in_words(found), file=sys.stderr)
     return found
@@ -63,11 +63,12 @@ def choose(part: Part) -> dict[str, Any]:
 
 def in_words(decision: dict[str, Any]) -> str:
     """One line that says what was found."""
-    interval = "" if decision["low"] is None else f" (95 % interval {decision['low']:.2f} to {decision['high']:.2f})"
-    doubt = "" if decision["clear"] else "; the interval holds 0.50, so that either might fit"
+    mean = decision["p_chosen_better"]
+    interval = "" if mean["low"] is None else f" (95 % interval {mean['low']:.2f} to {mean['high']:.2f})"
+    doubt = "" if decision["clear"] else "; not clear of 0.50, so that either might fit"
     return (
-        f"loss auto: chosen responses are better than the model's own with probability {decision['p_chosen_better']:.2f}"
-        f"{interval}, by {decision['compared']} comparisons: {decision['loss']}{doubt}"
+        f"loss auto: chosen responses are better than the model's own with probability {mean['value']:.2f}{interval}, "
+        f"by {mean['n']} comparisons: {decision['loss']}{doubt}"
     )
 
 
@@ -95,7 +96,6 @@ def _decide(part: Part, folder: Path) -> dict[str, Any]:
         **verdict(labels, part.seed),
         "judge": labeler.name,
         "prompts": len(asked),
-        "compared": len(labels),
         "not_sampled": len(asked) - len(pairs),
         "not_judged": len(pairs) - len(labels),
         "cut": sum(sample["finish"] == "length" for row in answered for sample in row["samples"]),
@@ -106,11 +106,10 @@ def verdict(labels: list[float], seed: int) -> dict[str, Any]:
     """The loss, from the probability that the chosen response is better, one for each prompt."""
     values = np.array(labels)
     mean = Statistic(len(values), lambda weights: float(np.average(values, weights=weights)))
-    found = estimates({"p": mean}, np.arange(len(values)), 2000, seed)["p"]
-    facts = asdict(found)
+    found = estimates({"mean": mean}, np.arange(len(values)), 2000, seed)["mean"]
     clear = found.low is not None and found.high is not None and not found.low <= 0.5 <= found.high
-    loss = "apo_zero" if facts["value"] > 0.5 else "apo_down"
-    return {"loss": loss, "p_chosen_better": found.value, "low": found.low, "high": found.high, "clear": clear}
+    loss = "apo_zero" if values.mean() > 0.5 else "apo_down"
+    return {"loss": loss, "p_chosen_better": asdict(found), "clear": clear}
 
 
 def _probe(part: Part) -> list[Row]:

@@ -45,6 +45,7 @@ class Training(YamlFile):
     `model`: a hub name, a folder, or `embedded`. `data`, `eval`: files as `rlaif pairs` and `rlaif build` write them; relative
     names are looked up beside the config file first. `eval_share`: of the prompts of `data`, in place of `eval`. `human`: the
     column of human labels in the labelled file that `data` was made from, for the model card to tell the labeler's agreement.
+    `bad_rows`: rows that cannot be trained on (empty, identical …) stop the run before it begins, or are left out and counted.
     `out`: the run's folder. `batch_size`: rows a process takes at once; `accumulate`: batches a step. `max_length`: tokens of
     a prompt with its response; longer rows are left out, and counted. `form`: whether responses are plain texts or messages for
     the chat template; auto: as the data has them (whole dialogues: messages). `dtype`: bf16 (mixed precision, the weights in
@@ -60,6 +61,7 @@ class Training(YamlFile):
     human: str | None = None
     out: str
     limit: int | None = Field(default=None, ge=1)
+    bad_rows: Literal["stop", "drop"] = "stop"
     epochs: float = Field(default=1.0, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-5, gt=0)
@@ -106,7 +108,9 @@ class Training(YamlFile):
     @field_validator("trainer")
     @classmethod
     def _numbers(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        """YAML takes 1e-8 for a text, and TRL's configs do not say what they expect."""
+        """YAML takes 1e-8 for a text, and TRL's configs do not say what they expect. Secrets would be kept with the run."""
+        if "hub_token" in trainer:
+            raise ValueError("hub_token: keys come from the environment alone")
         return {name: float(value) if EXPONENT.fullmatch(str(value)) else value for name, value in trainer.items()}
 
     @model_validator(mode="after")
@@ -176,10 +180,11 @@ class Reward(Training):
     column `soft_label`, or 1 for every chosen response; auto: soft where there is such a column. `margin`: a column that must
     separate the two scores (Llama 2, arXiv 2307.09288, §3.2.2); `margin_values` gives numbers to its words. `center`: the
     weight of (r_chosen + r_rejected)², which keeps rewards around 0 (Eisenstein et al., arXiv 2312.09244). `data` may give a
-    file for each of several heads: {helpful: FILE, safe: FILE}. `ensemble`: that many models with other seeds, whose scores are
-    combined by their mean or, in the worst case, the least of them (Coste et al., arXiv 2310.02743).
+    file for each of several heads, {helpful: FILE, safe: FILE}, and so then does `eval`. `ensemble`: that many models with other
+    seeds, whose scores are combined by their mean or, in the worst case, the least of them (Coste et al., arXiv 2310.02743).
     """
 
+    eval: Any = None
     loss: Literal["auto", "pairwise", "ranking", "binary"] = "auto"
     labels: Labels = "auto"
     margin: str | None = None
@@ -188,7 +193,7 @@ class Reward(Training):
     ensemble: int = Field(default=1, ge=1)
     combine: Literal["mean", "worst"] = "mean"
 
-    @field_validator("data")
+    @field_validator("data", "eval")
     @classmethod
     def _source(cls, data: Any) -> Any:
         if data is None or isinstance(data, str) or (isinstance(data, dict) and data):
@@ -197,8 +202,12 @@ class Reward(Training):
 
     @model_validator(mode="after")
     def _same_heads(self) -> Self:
-        if len({tuple(stage.get("data", self.data) or ()) for stage in self.stages if isinstance(stage.get("data"), dict)}) > 1:
+        sources = [stage.get("data", self.data) for stage in self.stages or ({},)]
+        heads = {tuple(source) if isinstance(source, dict) else () for source in sources}
+        if len(heads) > 1:
             raise ValueError("stages: the heads must be the same in all of them")
+        if self.eval and {tuple(self.eval) if isinstance(self.eval, dict) else ()} != heads:
+            raise ValueError("eval: a file for each head of data" if heads != {()} else "eval: one file, as data")
         if self.loss == "binary" and self.margin:
             raise ValueError("margin: does not go with loss binary")
         if self.margin_values and not self.margin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -21,7 +21,9 @@ Form = Literal["auto", "plain", "conversational"]
 
 @dataclass
 class Rows:
-    """Checked rows of one source, all in one form. `dropped` counts those that are left out, by the reason why.
+    """Checked rows of a source, all in one form. `dropped` counts those that are left out, by the reason why.
+
+    `files` are its files where it has several.
 
     Pairs have `prompt`, `chosen`, `rejected`, and `soft_label`, `margin`, `group`, `head` where these are wanted and there;
     unpaired rows `prompt`, `completion` and perhaps `label`; documents `text`. Texts, or lists of messages, as TRL takes them.
@@ -30,20 +32,31 @@ class Rows:
     source: str
     rows: list[Row]
     dropped: Counter[str] = field(default_factory=Counter)
+    files: tuple[str, ...] = ()
 
     @property
     def conversational(self) -> bool:
         return isinstance(next(iter(self.rows[0].values())), list)
 
     def facts(self) -> dict[str, Any]:
-        return {"source": self.source, "sha256": sha256(self.source), "rows": len(self.rows), "left_out": dict(self.dropped)}
+        found = [sha256(name) for name in self.files or (self.source,)]
+        hashes = ", ".join(value or "?" for value in found) if any(found) else None
+        return {"source": self.source, "sha256": hashes, "rows": len(self.rows), "left_out": dict(self.dropped)}
+
+
+class BadRow(UsageError):
+    """A row that cannot be trained on; with `bad_rows: drop` it is left out, and counted."""
 
 
 # ---------------------------------------------------------------- reading
 
 
-def pairs(source: str, form: Form = "auto", limit: int | None = None, wanted: Sequence[str] = ()) -> Rows:
+def pairs(
+    source: str, form: Form = "auto", limit: int | None = None, wanted: Sequence[str] = (), drop_bad: bool = False
+) -> Rows:
     """Rows of `chosen` and `rejected`, with `prompt` or as whole dialogues, and the columns `wanted` where there are such.
+
+    With `drop_bad`, rows that cannot be trained on are left out, and counted.
 
     Raises: UsageError naming file, row and column of what is missing or wrong, or a file without rows.
     """
@@ -51,14 +64,14 @@ def pairs(source: str, form: Form = "auto", limit: int | None = None, wanted: Se
     def pair(row: Row, where: str) -> Row:
         prompt, chosen, rejected = _sides(row, where)
         if chosen == rejected:
-            raise UsageError(f"{where}: columns 'chosen' and 'rejected' are identical: there is nothing to compare")
+            raise BadRow(f"{where}: columns 'chosen' and 'rejected' are identical: there is nothing to compare")
         made = _formed(row, _form(form, row, "chosen"), prompt, chosen=chosen, rejected=rejected)
         return made | {name: row[name] for name in wanted if name in row}
 
-    return _read(source, limit, pair, wanted)
+    return _read(source, limit, pair, wanted, drop_bad)
 
 
-def answers(source: str, form: Form = "auto", limit: int | None = None, labelled: bool = False) -> Rows:
+def answers(source: str, form: Form = "auto", limit: int | None = None, labelled: bool = False, drop_bad: bool = False) -> Rows:
     """Rows of `prompt` and `completion`, or `messages`; with `labelled`, of `label` too, true or false. Raises: as `pairs`."""
 
     def answer(row: Row, where: str) -> Row:
@@ -70,28 +83,28 @@ def answers(source: str, form: Form = "auto", limit: int | None = None, labelled
         _check_response(completion, row["completion"], where, "completion")
         made = _formed(row, _form(form, row, "completion"), prompt, completion=str(completion))
         if labelled and not isinstance(row["label"], bool):
-            raise UsageError(f"{where}: column 'label': expected true or false, got {kind_of(row['label'])}")
+            raise BadRow(f"{where}: column 'label': expected true or false, got {kind_of(row['label'])}")
         return made | ({"label": row["label"]} if labelled else {})
 
-    found = _read(source, limit, answer, ())
+    found = _read(source, limit, answer, (), drop_bad)
     if labelled and len({row["label"] for row in found.rows}) < 2:
         only = "desirable" if found.rows[0]["label"] else "undesirable"
         raise UsageError(f"{source}: column 'label': every row is {only}; there is nothing to tell apart")
     return found
 
 
-def documents(source: str, limit: int | None = None) -> Rows:
+def documents(source: str, limit: int | None = None, drop_bad: bool = False) -> Rows:
     """Rows of `text` alone. Raises: as `pairs`."""
 
     def document(row: Row, where: str) -> Row:
         _require(row, where, ("text",))
         if not isinstance(row["text"], str):
-            raise UsageError(f"{where}: column 'text': expected text, got {kind_of(row['text'])}")
+            raise BadRow(f"{where}: column 'text': expected text, got {kind_of(row['text'])}")
         if not row["text"].strip():
-            raise UsageError(f"{where}: column 'text' is empty")
+            raise BadRow(f"{where}: column 'text' is empty")
         return {"text": row["text"]}
 
-    return _read(source, limit, document, ())
+    return _read(source, limit, document, (), drop_bad)
 
 
 def is_unpaired(source: str) -> bool:
@@ -110,22 +123,29 @@ def _first(source: str) -> Row:
     return next((row for _, row in read_rows(source)), {})
 
 
-def _read(source: str, limit: int | None, made: Callable[[Row, str], Row], numbers: Sequence[str]) -> Rows:
+def _read(source: str, limit: int | None, made: Callable[[Row, str], Row], numbers: Sequence[str], drop_bad: bool) -> Rows:
     rows: list[Row] = []
+    dropped: Counter[str] = Counter()
     columns: set[str] | None = None
     for where, row in islice(read_rows(source), limit):
-        one = made(row, where)
+        try:
+            one = made(row, where)
+            _check_values(one, where, numbers)
+        except BadRow:
+            if not drop_bad:
+                raise
+            dropped["that cannot be trained on"] += 1
+            continue
         if columns is not None and set(one) != columns:
             name = sorted(columns ^ set(one))[0]
             raise UsageError(f"{where}: column '{name}' is in some rows and not in others")
         columns = set(one)
         if rows and isinstance(one.get("prompt"), list) != isinstance(rows[0].get("prompt"), list):
             raise UsageError(f"{where}: texts and lists of messages in one file: choose a form")
-        _check_values(one, where, numbers)
         rows.append(one)
     if not rows:
-        raise UsageError(f"{source}: no rows")
-    return Rows(source, rows)
+        raise UsageError(f"{source}: no rows" + (f" that can be trained on, of {dropped.total()}" if dropped else ""))
+    return Rows(source, rows, dropped)
 
 
 def _sides(row: Row, where: str) -> tuple[Any, str, str]:
@@ -137,7 +157,7 @@ def _sides(row: Row, where: str) -> tuple[Any, str, str]:
     _check_response(chosen, row["chosen"], where, "chosen")
     _check_response(rejected, row["rejected"], where, "rejected")
     if first != second:
-        raise UsageError(f"{where}: columns 'chosen' and 'rejected' answer different prompts")
+        raise BadRow(f"{where}: columns 'chosen' and 'rejected' answer different prompts")
     return first, str(chosen), str(rejected)
 
 
@@ -151,35 +171,35 @@ def _require(row: Row, where: str, columns: Iterable[str]) -> None:
 def _check_prompt(row: Row, where: str) -> None:
     text = as_text(row["prompt"])
     if text is None:
-        raise UsageError(f"{where}: column 'prompt': expected text or messages, got {kind_of(row['prompt'])}")
+        raise BadRow(f"{where}: column 'prompt': expected text or messages, got {kind_of(row['prompt'])}")
     if not text.strip():
-        raise UsageError(f"{where}: column 'prompt' is empty")
+        raise BadRow(f"{where}: column 'prompt' is empty")
 
 
 def _check_response(text: str | None, value: Any, where: str, column: str) -> None:
     if text is None:
-        raise UsageError(
+        raise BadRow(
             f"{where}: column '{column}': expected text, or messages ending with the assistant's, got {kind_of(value)}"
         )
     if not text.strip():
-        raise UsageError(f"{where}: column '{column}' is empty")
+        raise BadRow(f"{where}: column '{column}' is empty")
 
 
 def _check_values(row: Row, where: str, columns: Iterable[str]) -> None:
     for name in {"soft_label", "margin"} & set(columns) & set(row):
         value = row[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UsageError(f"{where}: column '{name}': expected a number, got {value!r}")
+            raise BadRow(f"{where}: column '{name}': expected a number, got {value!r}")
         if name == "soft_label" and not 0 <= value <= 1:
-            raise UsageError(f"{where}: column 'soft_label': expected a probability from 0 to 1, got {value!r}")
+            raise BadRow(f"{where}: column 'soft_label': expected a probability from 0 to 1, got {value!r}")
     if "group" in columns and "group" in row and type(row["group"]) not in (str, int):
-        raise UsageError(f"{where}: column 'group': expected text or a whole number, got {kind_of(row['group'])}")
+        raise BadRow(f"{where}: column 'group': expected text or a whole number, got {kind_of(row['group'])}")
 
 
 def _from_messages(row: Row, where: str) -> Row:
     prompt, completion = split_response(row["messages"], None)
     if completion is None or not prompt:
-        raise UsageError(f"{where}: column 'messages': expected turns that end with the assistant's")
+        raise BadRow(f"{where}: column 'messages': expected turns that end with the assistant's")
     return {"prompt": prompt, "completion": [{"role": "assistant", "content": completion}]}
 
 
@@ -200,7 +220,7 @@ def _formed(row: Row, conversational: bool, prompt: Any, **responses: str) -> Ro
         return {"prompt": prompt, **responses}
     if was_plain and str(prompt).endswith(ASSISTANT):  # as `rlaif pairs` ends the prompt of a dialogue
         prompt = str(prompt).removesuffix(ASSISTANT)
-        responses = {name: text.strip() for name, text in responses.items()}
+        responses = {name: text.removeprefix(" ") for name, text in responses.items()}
     return texts(prompt, conversational, **responses)
 
 
@@ -230,7 +250,7 @@ def held_out(found: Rows, share: float, seed: int) -> tuple[Rows, Rows | None]:
         return found, None
     keys = [digest(row.get("prompt", row)) for row in found.rows]
     numbers = {key: int(digest([seed, key])[:12], 16) / 16**12 for key in set(keys)}
-    kept, held = Rows(found.source, [], found.dropped), Rows(found.source, [])
+    kept, held = replace(found, rows=[]), replace(found, rows=[], dropped=Counter())
     for row, key in zip(found.rows, keys, strict=True):
         (held if numbers[key] < share else kept).rows.append(row)
     if not kept.rows or not held.rows:
@@ -283,7 +303,7 @@ def guarded(found: Rows, tokenizer: Any) -> Rows:
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
     rows = [{name: safe(value) for name, value in row.items()} for row in found.rows]
-    return Rows(found.source, rows, found.dropped)
+    return replace(found, rows=rows)
 
 
 def fitting(found: Rows, columns: Sequence[str], most: int, encode: Encode) -> Rows:
@@ -294,6 +314,6 @@ def fitting(found: Rows, columns: Sequence[str], most: int, encode: Encode) -> R
     fits = [all(len(encode(row.get("prompt", ""), row[name])) <= most for name in columns) for row in found.rows]
     if not any(fits):
         raise UsageError(f"{found.source}: all {len(fits)} rows are longer than max_length, {most} tokens")
-    left = Rows(found.source, [row for row, fit in zip(found.rows, fits, strict=True) if fit], found.dropped)
+    left = replace(found, rows=[row for row, fit in zip(found.rows, fits, strict=True) if fit])
     left.dropped[f"over {most} tokens"] += len(fits) - sum(fits)
     return left

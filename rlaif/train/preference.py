@@ -22,10 +22,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from rlaif.labeler import load_labeler
 from rlaif.records import Row, UsageError
 from rlaif.train import data
-from rlaif.train.choose import choose, chosen
+from rlaif.train.choose import choose, decided
 from rlaif.train.config import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, SOFT, Preference
 from rlaif.train.data import Rows
-from rlaif.train.record import lines
 from rlaif.train.run import Part, Run, load_tokenizer, model_path, read_both
 
 with warnings.catch_warnings():
@@ -51,9 +50,10 @@ def read(config: Preference) -> tuple[Rows, Rows | None]:
 
 
 def _read(config: Preference, source: str, limit: int | None) -> Rows:
+    drop = config.bad_rows == "drop"
     if config.family == "kto" and data.is_unpaired(source):
-        return data.answers(source, config.form, limit, labelled=True)
-    found = data.pairs(source, config.form, limit, () if config.labels == "hard" else ("soft_label",))
+        return data.answers(source, config.form, limit, labelled=True, drop_bad=drop)
+    found = data.pairs(source, config.form, limit, () if config.labels == "hard" else ("soft_label",), drop)
     first = found.rows[0]
     if config.labels == "soft" and "soft_label" not in first:
         raise UsageError(f"{source}: no column 'soft_label'; there are: {', '.join(first)}")
@@ -310,22 +310,17 @@ def _reference(part: Part) -> Any:
 
 
 def finish(run: Run, out: Path) -> dict[str, Any]:
-    """What each stage's loss was and which labels it learnt, and the last measures on the rows that were held out.
+    """What each stage's loss was, and which labels it learnt; what TRL measured on held-out rows is among the metrics.
 
     `losses`, by stage: `part`, `loss` (each with its weight), `labels` (soft, hard), `note` where soft labels were left
-    aside, `auto` how the loss was chosen. `held_out`: TRL's measures; None where nothing was held out.
+    aside, `auto` how the loss was chosen.
     """
     stages = zip(run.config.each_stage(), run.rows.values(), run.parts, strict=True)
-    losses = [_facts(config, rows, part["name"]) for config, (rows, _), part in stages]
-    measured = [line for line in lines(run.out / "metrics.jsonl") if "eval_loss" in line]
-    held = {
-        name.removeprefix("eval_"): value for line in measured[-1:] for name, value in line.items() if name.startswith("eval_")
-    }
-    return {"losses": losses, "held_out": held or None}
+    return {"losses": [_facts(config, rows, part["name"]) for config, (rows, _), part in stages]}
 
 
 def _facts(config: Preference, rows: Rows, part: str) -> dict[str, Any]:
-    decision = chosen(config, part) if config.family == "auto" else None
+    decision = decided(config, part) if config.family == "auto" else None
     losses = {decision["loss"]: 1.0} if decision else config.losses
     soft = is_soft(config, rows.rows[0])
     facts: dict[str, Any] = {"part": part, "loss": losses, "labels": "soft" if soft else "hard"}

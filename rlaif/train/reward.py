@@ -7,8 +7,9 @@ within a group has its own label, margin, head and weight. A pair is a group of 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import comb
 from pathlib import Path
@@ -33,23 +34,30 @@ from rlaif.train.run import Part, Run, read_both
 def read(config: Reward) -> tuple[Rows, Rows | None]:
     """Rows of all heads, each with its head's number, margins as numbers, soft labels where they count."""
     sources = config.data if isinstance(config.data, dict) else {"": config.data}
+    held = config.eval if isinstance(config.eval, dict) else dict.fromkeys(sources, config.eval)
     found = [
-        read_both(config.changed(data=source, stages=()), partial(_read, config, head=n))
-        for n, source in enumerate(sources.values())
+        read_both(config.changed(data=source, eval=held[name], stages=()), partial(_read, config, head=n))
+        for n, (name, source) in enumerate(sources.items())
     ]
-    if len({set(train.rows[0]) == set(found[0][0].rows[0]) for train, _ in found}) > 1:
+    if any(set(train.rows[0]) != set(found[0][0].rows[0]) for train, _ in found):
         raise UsageError(f"{config.name}: the heads' files have different columns")
-    train = Rows(", ".join(sources.values()), [row for rows, _ in found for row in rows.rows])
-    held = [rows for _, rows in found if rows]
-    return train, Rows(held[0].source, [row for rows in held for row in rows.rows]) if held else None
+    return _together([train for train, _ in found]), _together([rows for _, rows in found if rows]) if found[0][1] else None
+
+
+def _together(found: Sequence[Rows]) -> Rows:
+    """The rows of all heads."""
+    names = tuple(rows.source for rows in found)
+    dropped = sum((rows.dropped for rows in found), Counter())
+    return Rows(", ".join(names), [row for rows in found for row in rows.rows], dropped, names)
 
 
 def _read(config: Reward, source: str, limit: int | None, *, head: int) -> Rows:
+    drop = config.bad_rows == "drop"
     if config.loss == "binary" and data.is_unpaired(source):
-        found = data.answers(source, config.form, limit, labelled=True)
-        return Rows(source, [{**row, "head": head} for row in found.rows])
+        found = data.answers(source, config.form, limit, labelled=True, drop_bad=drop)
+        return replace(found, rows=[{**row, "head": head} for row in found.rows])
     wanted = ["soft_label"] * (config.labels != "hard") + ([config.margin] if config.margin else [])
-    found = data.pairs(source, config.form, limit, [*wanted, *["group"] * (config.loss in ("auto", "ranking"))])
+    found = data.pairs(source, config.form, limit, [*wanted, *["group"] * (config.loss in ("auto", "ranking"))], drop)
     first = found.rows[0]
     for column in (
         config.margin,
@@ -60,17 +68,17 @@ def _read(config: Reward, source: str, limit: int | None, *, head: int) -> Rows:
             raise UsageError(f"{source}: no column '{column}'")
     if "soft_label" in first and all(row["soft_label"] == 0.5 for row in found.rows):
         raise UsageError(f"{source}: column 'soft_label': every row is a tie; there is nothing to learn")
-    return Rows(source, [_numbered(row, config, head, source) for row in found.rows])
+    return replace(found, rows=[_numbered(row, config, head, f"{source} row {n}") for n, row in enumerate(found.rows, 1)])
 
 
-def _numbered(row: Row, config: Reward, head: int, source: str) -> Row:
+def _numbered(row: Row, config: Reward, head: int, where: str) -> Row:
     made = {k: v for k, v in row.items() if k != config.margin}
     if config.margin:
         value = row[config.margin]
         if config.margin_values:
             value = config.margin_values.get(str(value))
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(f"{source}: column '{config.margin}': no number for {row[config.margin]!r}")
+            raise UsageError(f"{where}: column '{config.margin}': no number for {row[config.margin]!r}")
         made["margin"] = float(value)
     return {**made, "head": head}
 
@@ -176,7 +184,7 @@ def reward_loss(
 
     With soft targets that is RLAIF's loss (arXiv 2309.00267, §2.2.1): the cross-entropy of the softmax over the two scores
     with the label's distribution; the margin is Llama 2's (arXiv 2307.09288, eq. 2). Without `rejected` the score itself is
-    the logit of being good. `center` weighs Σ weight · (r_chosen + r_rejected)² (arXiv 2312.09244, eq. 5).
+    the logit of being good. `center` weighs Σ weight · (r_chosen + r_rejected)² (Eisenstein et al., arXiv 2312.09244).
     """
     logits = (chosen if rejected is None else chosen - rejected) - margin
     loss = (weight * binary_cross_entropy_with_logits(logits, target, reduction="none")).sum()

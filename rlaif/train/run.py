@@ -23,15 +23,17 @@ from huggingface_hub import constants
 
 from rlaif.data import atomic
 from rlaif.job import versions
-from rlaif.provenance import labelers
+from rlaif.provenance import labelers, sha256
 from rlaif.records import FatalError, Row, UsageError
 from rlaif.runner import StoppedError
 from rlaif.train.config import Training
-from rlaif.train.data import Encode, Rows, encoder, fitting, held_out
+from rlaif.train.data import Rows, encoder, fitting, guarded, held_out
 from rlaif.train.folder import Folder, hashes
 
 PACKAGES = ("rlaif", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
 EMBEDDED = "embedded"
+DEFAULTS = {"ddp_find_unused_parameters": False}
+"""Fields of TRL's configs that `trainer` may set otherwise. A search for unused parameters would cost time at each step."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Part:
                 raise UsageError(f"trainer.{name}: is set by a field of its own")
         values = {k: v for k, v in {**self.arguments, **own}.items() if k in known and v is not None}
         try:
-            return kind(**values, **self.config.trainer)
+            return kind(**{**DEFAULTS, **values, **self.config.trainer})
         except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{self.config.name}: {kind.__name__}: {' '.join(str(error).split())}") from error
 
@@ -129,13 +131,13 @@ class Run:
         for number, stage in enumerate(stages, 1):
             self.rows[f"stage-{number}"] = self.module.read(stage)
         self.labelers = labelers((name for stage in stages for name in stage.files), self.config.human)
-        folder = Folder(self.out, self.config.model_dump(mode="json"), hashes(self.rows), self.resume)
+        contexts = {f"{n}/context": sha256(s.context) for n, s in enumerate(stages, 1) if getattr(s, "context", None)}
+        folder = Folder(self.out, self.config.model_dump(mode="json"), hashes(self.rows) | contexts, self.resume)
         report = folder.report()
         if report:
             return report
         tokenizer = load_tokenizer(self.config)
-        encode = encoder(tokenizer)
-        self.rows = {name: self._fitting(found, encode) for name, found in self.rows.items()}
+        self.rows = {name: self._fitting(found, tokenizer) for name, found in self.rows.items()}
         meet(self.config)  # all processes have looked at the folder before the main one writes to it
         with folder.held() if self.main else nullcontext():
             members = getattr(self.config, "ensemble", 1)
@@ -153,9 +155,11 @@ class Run:
             model = str(self._part(Part(name, stage, model, folder, stage.seed + number, tokenizer, train, held)))
         return Path(model)
 
-    def _fitting(self, found: tuple[Rows, Rows | None], encode: Encode) -> tuple[Rows, Rows | None]:
+    def _fitting(self, found: tuple[Rows, Rows | None], tokenizer: Any) -> tuple[Rows, Rows | None]:
+        encode = encoder(tokenizer)
         train, held = (
-            rows and fitting(rows, self.module.responses(rows.rows[0]), self.config.max_length, encode) for rows in found
+            rows and guarded(fitting(rows, self.module.responses(rows.rows[0]), self.config.max_length, encode), tokenizer)
+            for rows in found
         )
         assert train
         return train, held
@@ -209,8 +213,6 @@ class Run:
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(recorder)
             trainer.add_callback(checkpoints)
-            if trainer.args.ddp_find_unused_parameters is None:
-                trainer.args.ddp_find_unused_parameters = False  # looking for them takes time; `trainer` can ask for it
             start = newest(part.folder / "checkpoints")
             if self.main:
                 clear(part.folder / "checkpoints")
@@ -235,7 +237,8 @@ class Run:
                 shutil.rmtree(part.folder / "checkpoints", ignore_errors=True)
             trainer.accelerator.wait_for_everyone()
             free(trainer)
-        self.parts.append(json.loads(done.read_text(encoding="utf-8")))
+        if self.main:  # to the others it may be gone already
+            self.parts.append(json.loads(done.read_text(encoding="utf-8")))
         return model
 
     def _trainer(self, part: Part) -> Any:

@@ -26,11 +26,11 @@ def read(config: Sft) -> tuple[Rows, Rows | None]:
 
 def _read(config: Sft, source: str, limit: int | None) -> Rows:
     if not data.is_documents(source):
-        found = data.answers(source, config.form, limit)
+        found = data.answers(source, config.form, limit, drop_bad=config.bad_rows == "drop")
         return distill.within(found, config) if config.context else found
     if config.completion_only:
         raise UsageError(f"{source}: column 'text' alone: there is no completion, so completion_only must be false")
-    return data.documents(source, limit)
+    return data.documents(source, limit, config.bad_rows == "drop")
 
 
 def responses(row: Row) -> list[str]:
@@ -47,7 +47,7 @@ def trainer(part: Part) -> Any:
 
 def _fine_tuner(part: Part) -> Any:
     def dataset(rows: Rows | None) -> Dataset | None:
-        return rows and Dataset.from_list(data.guarded(rows, part.tokenizer).rows)
+        return rows and Dataset.from_list(rows.rows)
 
     return SFTTrainer(
         model=part.model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -341,3 +342,29 @@ def test_bad_data_is_told_before_a_model_loads(tmp_path: Path, more: dict[str, A
     with pytest.raises(UsageError, match=says):
         run("reward", config("no-such-model", tmp_path / "out", write_jsonl(tmp_path / "d.jsonl", rows), **more))
     assert not (tmp_path / "out").exists()
+
+
+def test_each_head_has_rows_of_its_own_held_out_too(tiny: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{n}", "chosen": f"a{n}", "rejected": f"b{n}"} for n in range(8)]
+    files = {name: str(write_jsonl(tmp_path / f"{name}.jsonl", rows[:6])) for name in ("helpful", "safe")}
+    held = {name: str(write_jsonl(tmp_path / f"{name}-held.jsonl", rows[6:])) for name in ("helpful", "safe")}
+    report = run("reward", config(tiny, tmp_path / "out", files, eval=held, max_steps=2))
+    facts = report["data"]["stage-1"]
+    assert (facts["train"]["rows"], facts["held_out"]["rows"]) == (12, 4)
+    hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files.values()]
+    assert facts["train"]["sha256"] == ", ".join(hashes)
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        ({"eval": "held.jsonl"}, "a file for each head"),
+        ({"stages": ({"data": "public.jsonl"}, {})}, "heads must be the same"),
+        ({"margin_values": {"much": 1.0}}, "goes with margin"),
+        ({"loss": "binary", "margin": "gap"}, "does not go with loss binary"),
+        ({"trainer": {"hub_token": "x"}}, "keys come from the environment"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(own: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        config("tiny", Path("out"), {"helpful": "a.jsonl", "safe": "b.jsonl"}, **own)

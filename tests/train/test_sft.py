@@ -185,13 +185,13 @@ def test_two_small_batches_are_one_large(tiny: Path, tmp_path: Path, context: st
     assert len(losses[0]) == 3
 
 
-@pytest.mark.parametrize("taught", [False, True], ids=["sft", "distill"])
-def test_held_out_before_and_after(tiny: Path, tmp_path: Path, context: str, taught: bool) -> None:
+@pytest.mark.parametrize(("taught", "every"), [(False, None), (True, None), (True, 4)], ids=["sft", "distill", "distill-often"])
+def test_held_out_before_and_after(tiny: Path, tmp_path: Path, context: str, taught: bool, every: int | None) -> None:
     held = write(tmp_path / "held.jsonl", ROWS)
     given: dict[str, Any] = {"context": context if taught else None, "max_steps": 6, "learning_rate": 1e-2, "eval": held}
-    report = run("sft", config(tiny, tmp_path, eval_steps=4, batch_size=8, log_steps=1, **given))
+    report = run("sft", config(tiny, tmp_path, eval_steps=every, batch_size=8, log_steps=1, **given))
     losses = {line["step"]: line["eval_loss"] for line in metrics(config(tiny, tmp_path)) if "eval_loss" in line}
-    assert list(losses) == [0, 4, 6]
+    assert list(losses) == [0, *([4] if every else []), 6]
     assert (report["evaluation"]["before"], report["evaluation"]["after"]) == (losses[0], losses[6])
     model = tmp_path / "out" / "model"
     after = kl(tiny, model, PLAIN_TAUGHT) if taught else nll(model, PLAIN)
@@ -385,6 +385,15 @@ def test_it_answers_as_after_the_context(tiny: Path, tmp_path: Path, context: st
     agree = {folder: float((tokens == wanted).double().mean()) for folder, tokens in own.items()}
     assert agree[tiny] < 0.6
     assert agree[model] > 0.9
+
+
+def test_adapters_begin_by_the_seed(tiny: Path, tmp_path: Path, context: str) -> None:
+    def begin(seed: int) -> torch.Tensor:
+        made = sft.trainer(part_of(config(tiny, tmp_path, context=context, lora=Lora(r=4), seed=seed)))
+        return next(weights for name, weights in made.model.named_parameters() if "lora_A" in name)
+
+    assert torch.equal(begin(1), begin(1))
+    assert not torch.equal(begin(1), begin(2))
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
