@@ -53,7 +53,6 @@ REWARDS = {
 TOLD = {"name", "description", "model", "data", "eval", "out", "stages"}
 """Settings that are not listed as they are: they have a place of their own in the card, or none."""
 
-SECRET = re.compile(r"(^|[._])(token|key|secret|password)$")
 ABSOLUTE = re.compile(r"(?:file://|(?<![\w/.)\]]))(?:[A-Za-z]:[\\/]|~?/(?![/\s]|$))(?:\S*[/\\])?")
 SPECIAL = re.compile(r"[&<>|\\`*\[\]~$#!]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -64,7 +63,7 @@ Table = Iterable[Sequence[Any]]
 
 
 def write_card(path: Path, report: Mapping[str, Any]) -> None:
-    """Write the card of what `run.json` holds. It tells files by their names, never where they stand, and no secret."""
+    """Write the card of what `run.json` holds. It tells files by their names, never where they stand."""
     front = yaml.safe_dump(front_matter(report), sort_keys=False, allow_unicode=True)
     settings = report["settings"]
     parts = [
@@ -226,14 +225,14 @@ def figures(found: Mapping[str, Any], lead: str = "") -> Iterator[tuple[Any, ...
 
 
 def flat(settings: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings with dotted names; what is not set is left out, and so is the value of a secret."""
+    """Settings with dotted names; what is not set is left out."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{lead}{name}.")
         elif isinstance(value, list | tuple) and value:
             yield lead + str(name), ", ".join(map(shown, value))
         elif value is not None and value != []:
-            yield lead + str(name), "(not shown)" if SECRET.search(str(name)) else value
+            yield lead + str(name), value
 
 
 # ---------------------------------------------------------------- Markdown

@@ -18,6 +18,9 @@ WHOLE_RUN = {
 }
 """Fields that a stage cannot change."""
 
+SECRET = re.compile(r"(hub_|auth_|use_auth_)?token|.*(api_?key|secret|password)", re.IGNORECASE)
+"""Names of what must not be written into a file."""
+
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 Labels = Literal["auto", "soft", "hard"]
@@ -109,14 +112,17 @@ class Training(YamlFile):
     @classmethod
     def _numbers(cls, trainer: dict[str, Any]) -> dict[str, Any]:
         """YAML takes 1e-8 for a text, and TRL's configs do not say what they expect. Secrets would be kept with the run."""
-        if "hub_token" in trainer:
-            raise ValueError("hub_token: keys come from the environment alone")
+        inside = [name for value in trainer.values() if isinstance(value, dict) for name in value]
+        if secret := next((name for name in [*trainer, *inside] if SECRET.fullmatch(str(name))), None):
+            raise ValueError(f"{secret}: keys come from the environment alone")
         return {name: float(value) if EXPONENT.fullmatch(str(value)) else value for name, value in trainer.items()}
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:
         if self.eval and self.eval_share:
             raise ValueError("eval and eval_share: one of them")
+        if self.stages and self.lora and not self.lora.merge:
+            raise ValueError("lora.merge: a stage begins from a whole model, which the adapters of the last are merged into")
         for number, stage in enumerate(self.stages or ({},), 1):
             if not stage.get("data", self.data):
                 raise ValueError(f"stage {number} has no data" if self.stages else "data: Field required")
@@ -180,8 +186,8 @@ class Reward(Training):
     column `soft_label`, or 1 for every chosen response; auto: soft where there is such a column. `margin`: a column that must
     separate the two scores (Llama 2, arXiv 2307.09288, §3.2.2); `margin_values` gives numbers to its words. `center`: the
     weight of (r_chosen + r_rejected)², which keeps rewards around 0 (Eisenstein et al., arXiv 2312.09244). `data` may give a
-    file for each of several heads, {helpful: FILE, safe: FILE}, and so then does `eval`. `ensemble`: that many models with other
-    seeds, whose scores are combined by their mean or, in the worst case, the least of them (Coste et al., arXiv 2310.02743).
+    file for each of several heads, {helpful: FILE, safe: FILE}, as `eval` then does. `ensemble`: that many models with other
+    seeds, whose scores are combined by their mean or, in the worst case, the least (Coste et al., arXiv 2310.02743).
     """
 
     eval: Any = None

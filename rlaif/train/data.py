@@ -87,10 +87,16 @@ def answers(source: str, form: Form = "auto", limit: int | None = None, labelled
         return made | ({"label": row["label"]} if labelled else {})
 
     found = _read(source, limit, answer, (), drop_bad)
-    if labelled and len({row["label"] for row in found.rows}) < 2:
-        only = "desirable" if found.rows[0]["label"] else "undesirable"
-        raise UsageError(f"{source}: column 'label': every row is {only}; there is nothing to tell apart")
+    if labelled:
+        check_classes(found)
     return found
+
+
+def check_classes(found: Rows) -> None:
+    """Raises: UsageError where all rows of `label` have the same."""
+    if len({row["label"] for row in found.rows}) < 2:
+        only = "desirable" if found.rows[0]["label"] else "undesirable"
+        raise UsageError(f"{found.source}: column 'label': every row is {only}; there is nothing to tell apart")
 
 
 def documents(source: str, limit: int | None = None, drop_bad: bool = False) -> Rows:

@@ -26,10 +26,13 @@ FILE = "held-out.jsonl"
 """The rows with the model's scores and the column `reference`, what the data says of them; in the run's folder."""
 
 REFERENCE = "reference"
+RESAMPLES = 1000
+"""Of the bootstrap."""
+
 METRICS = ("accuracy", "accuracy_no_ties", "kappa", "ece", "brier")
 
 
-def evaluate(config: Reward, held: Rows, model: Path, folder: Path, resamples: int = 1000) -> dict[str, Any]:
+def evaluate(config: Reward, held: Rows, model: Path, folder: Path) -> dict[str, Any]:
     """Score the held-out rows with the model in a folder, into FILE, and measure the scores against the data.
 
     Comparisons are measured as a labeler's, by `rlaif.evaluate.agreement`, each by the head that it belongs to; single
@@ -50,7 +53,7 @@ def evaluate(config: Reward, held: Rows, model: Path, folder: Path, resamples: i
     report = job.run(engine, Limits(concurrency=256, timeout=None), len(made), redo=True)
     rows = [row for _, row in read_rows(str(folder / FILE))]
     found = {"file": FILE, "rows": len(rows), "failed": sum(report["statuses"][name] for name in ("error", "refused"))}
-    return found | (comparisons if paired else singles)(rows, resamples)
+    return found | (comparisons if paired else singles)(rows)
 
 
 def _item(number: int, row: Row, heads: tuple[str, ...], paired: bool) -> Item:
@@ -77,15 +80,15 @@ def _text(response: Any) -> str:
 # ---------------------------------------------------------------- measuring
 
 
-def comparisons(rows: list[Row], resamples: int) -> dict[str, Any]:
+def comparisons(rows: list[Row]) -> dict[str, Any]:
     """Of comparisons: the metrics of `agreement.statistics`, of each head and member too, and the accuracy of baselines."""
 
     def measured(some: list[Row]) -> dict[str, Any]:
-        return _metrics(agreement.align(some, REFERENCE, resamples=resamples).metrics)
+        return _metrics(agreement.align(some, REFERENCE, resamples=RESAMPLES).metrics)
 
     found = measured(rows)
     found["baselines"] = {
-        own.name: _metrics(own.metrics, METRICS[:2]) for own in agreement.baselines(rows, REFERENCE, resamples)
+        own.name: _metrics(own.metrics, METRICS[:2]) for own in agreement.baselines(rows, REFERENCE, RESAMPLES)
     }
     if "head" in rows[0]:
         found["heads"] = {name: measured(some) for name, some in agreement.split_votes(rows, "head").items()}
@@ -98,21 +101,21 @@ def _metrics(found: Mapping[str, Estimate], names: tuple[str, ...] = METRICS) ->
     return {name: asdict(found[name]) for name in names if found[name].n}
 
 
-def singles(rows: list[Row], resamples: int) -> dict[str, Any]:
+def singles(rows: list[Row]) -> dict[str, Any]:
     """Of single responses, each good or bad: what `_single` measures, of each head or member too."""
     rows = [row for row in rows if row["status"] in LABELLED]
     if not rows:
         return {}
-    found = _single(rows, resamples)
+    found = _single(rows)
     if "head" in rows[0]:
-        found["heads"] = {name: _single(some, resamples) for name, some in agreement.split_votes(rows, "head").items()}
+        found["heads"] = {name: _single(some) for name, some in agreement.split_votes(rows, "head").items()}
     elif len(rows[0]["scores"]) > 1:
         members = {name: [{**row, "score": row["scores"][name]} for row in rows] for name in rows[0]["scores"]}
-        found["members"] = {name: _single(some, resamples) for name, some in members.items()}
+        found["members"] = {name: _single(some) for name, some in members.items()}
     return found
 
 
-def _single(rows: list[Row], resamples: int) -> dict[str, Any]:
+def _single(rows: list[Row]) -> dict[str, Any]:
     """`accuracy` of score > 0, `auc` (how often a good one's score is above a bad one's), `brier` of σ(score), and the accuracy
     of taking all for good, or all for bad.
     """
@@ -138,6 +141,6 @@ def _single(rows: list[Row], resamples: int) -> dict[str, Any]:
         "all good": agreement.share(good, everyone),
         "all bad": agreement.share(~good, everyone),
     }
-    found = {name: asdict(own) for name, own in agreement.estimates(measures, prompts, resamples, 0).items()}
+    found = {name: asdict(own) for name, own in agreement.estimates(measures, prompts, RESAMPLES, 0).items()}
     trivial = {name: {"accuracy": found.pop(name)} for name in ("all good", "all bad")}
     return {**found, "baselines": trivial}

@@ -46,7 +46,10 @@ def read(config: Preference) -> tuple[Rows, Rows | None]:
     """Pairs, with soft labels where there are such; for KTO single responses, into which pairs are taken apart."""
     if config.judge:
         load_labeler(config.judge).pairwise()
-    return read_both(config, partial(_read, config))
+    train, held = read_both(config, partial(_read, config))
+    if config.family == "kto":
+        data.check_classes(train)  # again: what is held out may have taken all of one
+    return train, held
 
 
 def _read(config: Preference, source: str, limit: int | None) -> Rows:

@@ -260,6 +260,7 @@ def run(kind: str, config: Training, resume: bool = False) -> dict[str, Any]:
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers say what they train, unless told not to
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's bars beside ours
     quiet()
     return Run(kind, config, resume).train()
 

@@ -22,7 +22,10 @@ from rlaif.records import RlaifError
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
-    ["peft", "rlaif.train.reward", "rlaif.train.sft", "rlaif.train.preference", "rlaif.train.card", "rlaif.train.curves"]
+    [
+        *("peft", "sklearn.metrics", "scipy.stats", "matplotlib.backends.backend_agg", "matplotlib.figure"),
+        *("rlaif.train.reward", "rlaif.train.sft", "rlaif.train.preference", "rlaif.train.held_out", "rlaif.report.plots"),
+    ]
 )
 KILLED = -signal.SIGKILL
 STEP = "transformers.Trainer.training_step"

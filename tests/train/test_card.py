@@ -1,4 +1,4 @@
-"""The model card: it tells data, labeler and agreement as they are, breaks by no text, and names no folder and no secret."""
+"""The model card: it tells data, labeler and agreement as they are, breaks by no text, and names no folder."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def config(made: Path, out: Path, **changes: Any) -> Reward:
 
 
 def test_a_run_leaves_a_card_that_tells_data_labeler_and_agreement(made: Path, tmp_path: Path) -> None:
-    report = run("reward", config(made, tmp_path / "out", description="For | the test", trainer={"hub_token": "s3cret"}))
+    report = run("reward", config(made, tmp_path / "out", description="For | the test"))
     card = (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---\n")[1])
     assert front == {
@@ -89,7 +89,6 @@ def test_a_run_leaves_a_card_that_tells_data_labeler_and_agreement(made: Path, t
     rows = {row[0]: row[1:] for found in tables(card) for row in found}
     assert rows["stage-1, training"][:2] == ["train.jsonl", str(len(read_jsonl(made / "train.jsonl")))]
     assert rows["engine.planted.k"] == ["2"]
-    assert rows["trainer.hub_token"] == ["(not shown)"]
     assert rows["batch_size"] == ["2"]
     assert [row[1] for found in tables(card) for row in found if row[0] == "train"].count("loss") == 1
 

@@ -37,10 +37,13 @@ def test_names_of_files_are_looked_up_beside_the_config_first(tmp_path: Path) ->
     for name in ("d.jsonl", "e.jsonl", "s.jsonl", "safe.jsonl"):
         (tmp_path / name).touch()
     made = config(
-        tmp_path / "c.yaml", data={"helpful": "d.jsonl", "safe": "safe.jsonl"}, eval="e.jsonl", stages=[{"epochs": 2}]
+        tmp_path / "c.yaml",
+        data={"helpful": "d.jsonl", "safe": "safe.jsonl"},
+        eval={"helpful": "e.jsonl", "safe": "hub/name"},
+        stages=[{"epochs": 2}],
     )
     assert made.data == {"helpful": str(tmp_path / "d.jsonl"), "safe": str(tmp_path / "safe.jsonl")}
-    assert made.eval == str(tmp_path / "e.jsonl")
+    assert made.eval == {"helpful": str(tmp_path / "e.jsonl"), "safe": "hub/name"}
     staged = config(tmp_path / "c.yaml", stages=[{"data": "s.jsonl"}, {"data": "hub/name"}])
     assert [stage.data for stage in staged.each_stage()] == [str(tmp_path / "s.jsonl"), "hub/name"]
 

@@ -363,6 +363,7 @@ def test_each_head_has_rows_of_its_own_held_out_too(tiny: str, tmp_path: Path) -
         ({"margin_values": {"much": 1.0}}, "goes with margin"),
         ({"loss": "binary", "margin": "gap"}, "does not go with loss binary"),
         ({"trainer": {"hub_token": "x"}}, "keys come from the environment"),
+        ({"trainer": {"model_init_kwargs": {"token": "x"}}}, "keys come from the environment"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(own: dict[str, Any], says: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from rlaif.cli import app
@@ -30,9 +31,9 @@ from rlaif.job import Job
 from rlaif.records import Completion, FatalError, Request, RowError, UsageError
 from rlaif.reward import Comparisons, Folder, Ratings, Scorer, read_folder, weights_hash, work
 from rlaif.runner import Limits
+from rlaif.train import held_out
 from rlaif.train.config import Reward
 from rlaif.train.data import Rows, as_trained, encoder
-from rlaif.train.held_out import evaluate
 from rlaif.train.record import lines
 from rlaif.train.run import run
 from tests.conftest import read_jsonl, write_jsonl
@@ -40,6 +41,8 @@ from tests.engines.tiny import CONTROLS, save_tiny, tiny_tokenizer
 
 MOST = 160
 """max_length of all models here."""
+
+RESAMPLES = 100
 
 
 def planted(count: int, seed: int = 0, good: str = "kind", bad: str = "rude") -> list[dict[str, Any]]:
@@ -66,7 +69,9 @@ def train(folder: Path, rows: Any, held: list[dict[str, Any]] | None = None, pad
         more["eval"] = str(write_jsonl(folder / "eval.jsonl", held))
     own = {"learning_rate": 1e-3, "batch_size": 8, "max_length": MOST, "device": "cpu", "log_steps": 1, "save_steps": 1000}
     settings = {**own, "model": str(model), "data": data if isinstance(rows, dict) else data[""], "out": str(folder / "out")}
-    run("reward", Reward(**{**settings, **more}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "RESAMPLES", RESAMPLES)
+        run("reward", Reward(**{**settings, **more}))
     return folder / "out"
 
 
@@ -144,8 +149,6 @@ def scored(folder: Path, rows: list[dict[str, Any]], **more: Any) -> list[float]
 
 def by_hand(folder: Path, text: str) -> list[float]:
     """Each head's score in float64: of a text alone, by the hidden state of the last token that is not the padding token."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -344,17 +347,22 @@ def test_an_ensemble_is_scored_by_all_its_members(made: Made) -> None:
         assert abs(hands["member-1"] - hands["member-2"]) > 1e-3
 
 
-def test_several_folders_are_scored_together_each_with_its_own_tokens(made: Made) -> None:
-    """The padding token of the one is an ordinary one of the other."""
-    folders, rows = [made(kind) / "model" for kind in ("plain", "merged")], answered(planted(6, 3))
-    shutil.copytree(folders[1], named := folders[1].parent / "named", dirs_exist_ok=True)
-    facts = json.loads((named / "reward.json").read_text())
-    (named / "reward.json").write_text(json.dumps({**facts, "name": "other"}))
-    both = results(Ratings(scorer(folders[0], named, combine="worst")), rows)
-    first, second = (scored(folder, rows) for folder in folders)
-    for found, a, b in zip(both, first, second, strict=True):
+def test_several_folders_are_scored_together_each_with_its_own_tokens(made: Made, tmp_path: Path) -> None:
+    """The padding token of the one is an ordinary one of the other, and their texts end in different ones."""
+    first, rows = made("plain") / "model", answered(planted(6, 3))
+    second = Path(shutil.copytree(made("merged") / "model", tmp_path / "second"))
+    tokenizer = AutoTokenizer.from_pretrained(second)
+    tokenizer.eos_token = "<|turn|>"
+    tokenizer.save_pretrained(second)
+    facts = json.loads((second / "reward.json").read_text())
+    (second / "reward.json").write_text(json.dumps({**facts, "name": "other"}))
+    both = results(Ratings(scorer(first, second, combine="worst")), rows)
+    alone = zip(both, scored(first, rows), scored(second, rows), strict=True)
+    for found, a, b in alone:
         assert found["scores"] == pytest.approx({"out": a, "other": b}, abs=1e-5)
         assert found["score"] == pytest.approx(min(a, b), abs=1e-5)
+    hand = by_hand(second, rows[0]["prompt"] + rows[0]["response"] + "<|turn|>")[0]
+    assert both[0]["scores"]["other"] == pytest.approx(hand, abs=1e-5)
 
 
 # ---------------------------------------------------------------- comparisons
@@ -505,7 +513,7 @@ def test_comparisons_are_labelled_for_the_measures(made: Made, tmp_path: Path) -
 def test_members_are_told_apart_by_the_measures(made: Made, tmp_path: Path) -> None:
     data, out = write_jsonl(tmp_path / "d.jsonl", planted(20, 3)), tmp_path / "o.parquet"
     ok("reward", "score", data, "-o", out, "--model", made("ensemble") / "model")
-    found = json.loads(ok("align", out, "--human", "human_label", "--by", "labeler", "--json", "--resamples", 100))
+    found = json.loads(ok("align", out, "--human", "human_label", "--by", "labeler", "--json", "--resamples", RESAMPLES))
     assert {"member-1", "member-2"} <= {result["name"] for result in found["results"]}
     ok("report", out, "-o", tmp_path / "page.html")
     assert "Between labelers" in (tmp_path / "page.html").read_text()
@@ -557,7 +565,9 @@ def test_the_run_tells_how_well_the_planted_truth_was_learnt(made: Made) -> None
     for row, pair in zip(rows, planted(40, 1), strict=True):
         assert row["reference"] == ("a" if row["response_a"] == pair["chosen"] else "b")
     leader = next(
-        r for r in json.loads(ok("align", out / "held-out.jsonl", "--human", "reference", "--json")) if not r["baseline"]
+        r
+        for r in json.loads(ok("align", out / "held-out.jsonl", "--human", "reference", "--json", "--resamples", RESAMPLES))
+        if not r["baseline"]
     )
     assert leader["metrics"]["accuracy"] == found["accuracy"]
     assert leader["metrics"]["brier"] == found["brier"]
@@ -570,7 +580,7 @@ def test_each_head_is_measured_on_its_own_rows(made: Made) -> None:
     assert all(found["heads"][name]["accuracy"]["value"] > 0.9 for name in ("nice", "curt"))
     assert found["accuracy"]["value"] > 0.9
     by_head = json.loads(
-        ok("align", out / "held-out.jsonl", "--human", "reference", "--by", "head", "--json", "--resamples", 100)
+        ok("align", out / "held-out.jsonl", "--human", "reference", "--by", "head", "--json", "--resamples", RESAMPLES)
     )
     assert {"nice", "curt"} <= {result["name"] for result in by_head["results"]}
     rows = read_jsonl(out / "held-out.jsonl")
@@ -604,7 +614,7 @@ def test_a_reference_follows_the_soft_label_and_a_half_is_a_tie(made: Made, tmp_
     softs = [0.9, 0.5, 0.2] * 4
     held = Rows("held", [{**pair, "soft_label": soft, "head": 0} for pair, soft in zip(pairs, softs, strict=True)])
     config = Reward(data="x", out=str(tmp_path), device="cpu")
-    found = evaluate(config, held, made("plain") / "model", tmp_path, resamples=100)
+    found = held_out.evaluate(config, held, made("plain") / "model", tmp_path)
     rows = read_jsonl(tmp_path / "held-out.jsonl")
     for row, pair, soft in zip(rows, pairs, softs, strict=True):
         better = pair["chosen"] if soft > 0.5 else pair["rejected"]
@@ -612,7 +622,7 @@ def test_a_reference_follows_the_soft_label_and_a_half_is_a_tie(made: Made, tmp_
         assert row["reference_soft"] == pytest.approx(soft if row["response_a"] == pair["chosen"] else 1 - soft)
     assert found["accuracy_no_ties"]["n"] == 8
     # A run that was killed here does it again, with whatever model it then has.
-    again = evaluate(config, held, made("messages") / "model", tmp_path, resamples=100)
+    again = held_out.evaluate(config, held, made("messages") / "model", tmp_path)
     assert again["rows"] == 12
 
 
@@ -626,7 +636,7 @@ def test_a_model_that_diverged_is_right_about_nothing(made: Made, tmp_path: Path
     (copy / "reward.json").write_text(json.dumps({**facts, "weights": weights_hash(copy)}))
     single = [{"prompt": f"{n}?", "completion": "x", "label": n > 1, "head": 0} for n in range(4)]
     held = Rows("held", [{**pair, "head": 0} for pair in planted(4)] if paired else single)
-    found = evaluate(Reward(data="x", out=str(tmp_path), device="cpu"), held, copy, tmp_path, resamples=100)
+    found = held_out.evaluate(Reward(data="x", out=str(tmp_path), device="cpu"), held, copy, tmp_path)
     assert found["rows"] == found["failed"] == 4
     assert "accuracy" not in found
     rows = read_jsonl(tmp_path / "held-out.jsonl")
