@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise clean
+.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo bench-train clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -49,6 +49,38 @@ proof-revise: .venv-vllm/ready
 	.venv-vllm/bin/rlaif revise $(OUT)/sampled.jsonl -o $(OUT)/revised.jsonl --method critique --constitution general \
 		--rounds 2 --max-tokens 256 --temperature 0.4 --top-p 0.9 --engine vllm --model embedded
 	.venv-vllm/bin/rlaif report $(OUT)/revised.jsonl -o $(OUT)/revised.html
+
+# A reward model from human labels of red-teaming dialogues, measured on prompts that it has not seen: half an hour.
+proof-reward: setup
+	mkdir -p $(OUT)
+	$(BIN)/rlaif train reward reward --set data=../shared/data/hh_harmless_half.jsonl.gz --set bad_rows=drop --set labels=hard \
+		--set eval_share=0.2 --set out=$(OUT)/reward-hh --set epochs=2 --set learning_rate=3e-5 --set batch_size=8 \
+		--set accumulate=1 --set max_length=512 --set center=0 --set dtype=bf16 --set eval_steps=57 \
+		--set 'trainer={train_sampling_strategy: group_by_length}'
+
+# DPO and APO-zero on the sample set's own verdicts, and answers before and after: a quarter of an hour.
+REFERENCE_PAIRS = import json; say = lambda role, text: [{"role": role, "content": text}]; \
+	rows = [row for row in map(json.loads, open("rlaif/samples/comparisons.jsonl")) if row["reference"] != "tie"]; \
+	[print(json.dumps({"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["response_" + row["reference"]]), \
+	"rejected": say("assistant", row["response_" + "ba"["ab".index(row["reference"])])})) for row in rows]
+ASKED = import json; [print(json.dumps({"prompt": json.loads(line)["prompt"]})) \
+	for n, line in enumerate(open("rlaif/samples/comparisons.jsonl")) if n % 17 == 3]
+DPO = --set data=$(OUT)/reference-pairs.jsonl --set eval_share=0.15 --set epochs=3 --set learning_rate=5e-6 --set batch_size=4 \
+	--set accumulate=2 --set log_steps=2 --set dtype=bf16
+ANSWER = $(BIN)/rlaif sample $(OUT)/asked.jsonl --temperature 0 --max-tokens 160
+proof-dpo: setup
+	mkdir -p $(OUT)
+	$(BIN)/python -c '$(REFERENCE_PAIRS)' > $(OUT)/reference-pairs.jsonl
+	$(BIN)/python -c '$(ASKED)' > $(OUT)/asked.jsonl
+	$(BIN)/rlaif train dpo dpo $(DPO) --set out=$(OUT)/dpo
+	$(BIN)/rlaif train dpo apo-zero $(DPO) --set out=$(OUT)/apo-zero
+	$(ANSWER) -o $(OUT)/before.jsonl --engine embedded
+	$(ANSWER) -o $(OUT)/after-dpo.jsonl --engine transformers --model $(OUT)/dpo/model
+	$(ANSWER) -o $(OUT)/after-apo-zero.jsonl --engine transformers --model $(OUT)/apo-zero/model
+
+# Step times of our trainers against TRL's own, as ratios: ten minutes on an idle machine.
+bench-train: setup
+	$(BIN)/python benchmarks/train_step.py --json benchmarks/train_step.json
 
 setup: $(VENV)/ready
 

@@ -108,8 +108,9 @@ class Scorer:
     """How the scores of all heads and members become one: a member's score is made of its heads', then the members' of theirs.
 
     `head`: one of the heads, or what all of them come to: `mean`, or `worst`, the least. `combine`: the same for members, of
-    one ensemble or of several folders; `worst` is what Coste et al. (arXiv 2310.02743) hold an ensemble to. With `own_head`
-    a row is scored by the head that its column `head` names.
+    one ensemble or of several folders; `worst` is what Coste et al. (arXiv 2310.02743) hold an ensemble to. As comparisons
+    teach only differences, each member has a zero of its own, and the least of several scores depends on these, unless the
+    models were trained with `center`. With `own_head` a row is scored by the head that its column `head` names.
 
     Raises: UsageError for a head that there is not, or folders that differ in heads or form.
     """

@@ -143,7 +143,7 @@ def _hold(path: Path, line: Connection) -> None:
 
 def test_another_process_has_it_until_it_ends_however_it_ends(tmp_path: Path) -> None:
     here, there = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path / "run", there))
+    other = multiprocessing.get_context("fork").Process(target=_hold, args=(tmp_path / "run", there), daemon=True)
     other.start()
     assert here.poll(30)
     for resume in (False, True):

@@ -5,17 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rlaif.cli import main
 from rlaif.train.record import Recorder, lines, take_back, tokens_read
-from tests.conftest import read_jsonl
+from tests.conftest import read_jsonl, write_jsonl
+from tests.engines.tiny import save_tiny
 
 
 def state(step: int, main: bool = True) -> Any:
@@ -118,3 +123,20 @@ def test_on_a_terminal_a_bar_shows_loss_rate_and_time_left(tmp_path: Path, monke
     assert "loss 0.1000" in shown
     assert "steps/s" in shown
     assert "0:00:" in shown
+
+
+def test_the_command_says_nothing_but_its_progress_and_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny(tmp_path / "tiny")
+    data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": f"Q{n}?", "chosen": "Yes", "rejected": "No"} for n in range(8)])
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"model": str(model), "data": str(data), "out": str(tmp_path / "out"), "device": "cpu"}))
+    monkeypatch.setattr(sys, "argv", ["rlaif", "train", "dpo", str(config), "--set", "log_steps=1"])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(rf"{tmp_path}/out/model: 2 steps in \d+ s\n", out)
+    assert re.fullmatch(r"train 2/2 · loss \d\.\d{4} · [\d.]+ steps/s\n", err)

@@ -236,7 +236,7 @@ def test_ctrl_c_on_the_command_line(settings: Settings, tmp_path: Path) -> None:
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=one_thread)
     log = Path(stopped["out"], "metrics.jsonl")
     until = time.monotonic() + 120
-    while not log.exists() and time.monotonic() < until:
+    while not (log.exists() and log.read_text()) and time.monotonic() < until:
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     said, errors = child.communicate(timeout=60)

@@ -564,11 +564,8 @@ def test_the_run_tells_how_well_the_planted_truth_was_learnt(made: Made) -> None
     assert {row["reference"] for row in rows} == {"a", "b"}
     for row, pair in zip(rows, planted(40, 1), strict=True):
         assert row["reference"] == ("a" if row["response_a"] == pair["chosen"] else "b")
-    leader = next(
-        r
-        for r in json.loads(ok("align", out / "held-out.jsonl", "--human", "reference", "--json", "--resamples", RESAMPLES))
-        if not r["baseline"]
-    )
+    board = json.loads(ok("align", out / "held-out.jsonl", "--human", "reference", "--json", "--resamples", RESAMPLES))
+    (leader,) = (result for result in board if not result["baseline"])
     assert leader["metrics"]["accuracy"] == found["accuracy"]
     assert leader["metrics"]["brier"] == found["brier"]
 
