@@ -352,7 +352,7 @@ def split_response(answer: Any, prompt: Any) -> tuple[Any, str | None]:
 
 # ---------------------------------------------------------------- dialogues
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SYSTEM, HUMAN, ASSISTANT = "System:", "\n\nHuman:", "\n\nAssistant:"
 
 
 def as_text(prompt: Any) -> str | None:
@@ -375,6 +375,16 @@ def as_text(prompt: Any) -> str | None:
     return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in prompt)
 
 
+def is_dialogue(text: str) -> bool:
+    """Whether a text is an hh-rlhf dialogue: a human's turn first, or after what `as_text` makes of a system message.
+
+    >>> is_dialogue("Human: Hi"), is_dialogue("System: Be brief.\\n\\nHuman: Hi"), is_dialogue("Hi\\n\\nHuman: Hi")
+    (True, True, False)
+    """
+    text = text.lstrip()
+    return text.startswith(HUMAN.strip()) or (text.startswith(SYSTEM) and HUMAN in text)
+
+
 def as_messages(prompt: Any) -> list[dict[str, str]]:
     """A prompt as messages: an hh-rlhf dialogue becomes its turns, other text one user turn.
 
@@ -385,11 +395,11 @@ def as_messages(prompt: Any) -> list[dict[str, str]]:
     """
     if isinstance(prompt, list):
         return [{"role": m["role"], "content": m["content"]} for m in prompt]
-    text = "\n\n" + str(prompt).strip()
-    if not text.startswith(HUMAN):
+    if not is_dialogue(str(prompt)):
         return [{"role": "user", "content": str(prompt)}]
-    turns = []
-    for part in text.split(HUMAN)[1:]:
+    before, *parts = ("\n\n" + str(prompt).strip()).split(HUMAN)
+    turns = [{"role": "system", "content": before.strip().removeprefix(SYSTEM).strip()}] if before else []
+    for part in parts:
         user, *answers = part.split(ASSISTANT)
         turns.append({"role": "user", "content": user.strip()})
         turns += [{"role": "assistant", "content": answer.strip()} for answer in answers]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlaif.data import ASSISTANT, HUMAN, as_messages, as_text
+from rlaif.data import ASSISTANT, as_messages, as_text, is_dialogue
 from rlaif.label.pairwise import hard_label
 from rlaif.records import LABELLED, Row, UsageError
 
@@ -111,7 +111,7 @@ def texts(prompt: Any, conversational: bool, **responses: str) -> dict[str, Any]
     """
     if not conversational:
         text = as_text(prompt) or ""
-        if text.lstrip().startswith(HUMAN.strip()):
+        if is_dialogue(text):
             # Trainers put prompt and response together as they are: the turn begins as in hh-rlhf's own dialogues.
             text, responses = text + ASSISTANT, {name: f" {response}" for name, response in responses.items()}
         return {"prompt": text, **responses}

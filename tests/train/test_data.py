@@ -127,15 +127,39 @@ def test_rows_that_are_all_too_long_are_found_by_the_tokenizer_alone(
     assert "rows are longer than max_length, 8 tokens" in err
 
 
+@pytest.mark.parametrize("bad", [{"chosen": ""}, {"chosen": "B", "rejected": "B"}, {"soft_label": 2.0}, {"prompt": None}])
+def test_bad_rows_may_be_left_out_and_are_counted(tmp_path: Path, bad: Row) -> None:
+    good = {**PAIR, "soft_label": 0.5}
+    path = write_jsonl(tmp_path / "train.jsonl", [good, {**good, **bad}, {**good, "prompt": "Another?"}])
+    with pytest.raises(UsageError, match="line 2"):
+        data.pairs(str(path), wanted=["soft_label"])
+    found = data.pairs(str(path), wanted=["soft_label"], drop_bad=True)
+    assert [row["prompt"] for row in found.rows] == [PAIR["prompt"], "Another?"]
+    assert found.facts()["left_out"] == {"that cannot be trained on": 1}
+    only = write_jsonl(tmp_path / "bad.jsonl", [{**good, **bad}])
+    with pytest.raises(UsageError, match="no rows that can be trained on, of 1"):
+        data.pairs(str(only), wanted=["soft_label"], drop_bad=True)
+
+
+def test_a_missing_column_is_no_bad_row(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [PAIR, {"prompt": "Q", "chosen": "A"}])
+    with pytest.raises(UsageError, match="line 2: no column 'rejected'"):
+        data.pairs(str(path), drop_bad=True)
+
+
 # ---------------------------------------------------------------- both forms
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=20).filter(
-    lambda text: text.strip() and "Human:" not in text and "Assistant:" not in text
+    lambda text: text.strip() and not any(mark in text for mark in ("Human:", "Assistant:", "System:"))
 )
 TURN = WORDS.map(str.strip).filter(bool)
-PROMPTS = WORDS | st.lists(TURN, min_size=1, max_size=5).filter(lambda turns: len(turns) % 2 == 1).map(
-    lambda turns: [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+TALKS = (
+    st.lists(TURN, min_size=1, max_size=5)
+    .filter(lambda turns: len(turns) % 2 == 1)
+    .map(lambda turns: [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)])
 )
+SYSTEMS = st.none() | TURN.map(lambda text: {"role": "system", "content": text})
+PROMPTS = WORDS | st.builds(lambda system, turns: [system, *turns] if system else turns, SYSTEMS, TALKS)
 LABELLED = st.builds(
     lambda n, prompt, a, b, soft: {
         "id": str(n),
