@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,4 +66,15 @@ def _train(kind: str, name: str, changes: list[str] | None, resume: bool) -> Non
         raise
     if main:
         steps = sum(part["steps"] for part in report["parts"])
-        print(f"{config.out}/model: {steps:,} steps in {report.get('wall_seconds', 0):,.0f} s")
+        print(f"{config.out}/model: {steps:,} steps in {report['wall_seconds']:,.0f} s")
+        _say(report["evaluation"])
+
+
+def _say(evaluation: dict[str, Any]) -> None:
+    """What was measured on held-out rows, in a line."""
+    accuracy = evaluation.get("accuracy")
+    if accuracy and accuracy["low"] is not None:
+        low, high = accuracy["low"], accuracy["high"]
+        print(f"held out: accuracy {accuracy['value']:.3f} ({low:.3f} to {high:.3f}), {accuracy['n']} rows")
+    if "before" in evaluation:
+        print(f"{evaluation['measure']}: {evaluation['before']:.4f} before, {evaluation['after']:.4f} after")

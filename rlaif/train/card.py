@@ -247,7 +247,7 @@ def table(head: Sequence[str], rows: Table) -> str:
 def shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "", True: "yes", False: "no"}[value]
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def text(value: str) -> str:
