@@ -62,10 +62,10 @@ proof-reward: setup
 REFERENCE_PAIRS = import json; say = lambda role, text: [{"role": role, "content": text}]; \
 	rows = [row for row in map(json.loads, open("rlaif/samples/comparisons.jsonl")) if row["reference"] != "tie"]; \
 	[print(json.dumps({"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["response_" + row["reference"]]), \
-	"rejected": say("assistant", row["response_" + "ba"["ab".index(row["reference"])])})) for row in rows]
+	"rejected": say("assistant", row["response_" + "ba"["ab".index(row["reference"])]])})) for row in rows]
 ASKED = import json; [print(json.dumps({"prompt": json.loads(line)["prompt"]})) \
 	for n, line in enumerate(open("rlaif/samples/comparisons.jsonl")) if n % 17 == 3]
-DPO = --set data=$(OUT)/reference-pairs.jsonl --set eval_share=0.15 --set epochs=3 --set learning_rate=5e-6 --set batch_size=4 \
+DPO = --set data=$(OUT)/reference-pairs.jsonl --set eval_share=0.15 --set epochs=2 --set learning_rate=1e-5 --set batch_size=4 \
 	--set accumulate=2 --set log_steps=2 --set dtype=bf16
 ANSWER = $(BIN)/rlaif sample $(OUT)/asked.jsonl --temperature 0 --max-tokens 160
 proof-dpo: setup

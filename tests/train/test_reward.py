@@ -303,24 +303,27 @@ def planted_comparisons(seed: int, count: int) -> tuple[list[dict[str, Any]], np
 
 def test_soft_labels_beat_hard_ones_of_a_noisy_labeler(tiny: str, tmp_path: Path) -> None:
     """Over five planted worlds: the more often right on pairs not seen, and probabilities nearer to the true ones."""
-    gains, nearer = [], []
+    right: dict[str, list[float]] = {"soft": [], "hard": []}
+    off: dict[str, list[float]] = {"soft": [], "hard": []}
     for seed in range(5):
         rows, truth = planted_comparisons(seed, 1000)
         train, test, truth = rows[:600], rows[600:], truth[600:]
-        right, off = {}, {}
         for kind in ("soft", "hard"):
             labelled = train if kind == "soft" else [{**row, "soft_label": float(row["soft_label"] > 0.5)} for row in train]
             out = tmp_path / f"{seed}-{kind}"
             file = write_jsonl(tmp_path / "d.jsonl", labelled)
             run("reward", config(tiny, out, file, epochs=4, batch_size=16, seed=seed, warmup=0.1))
             chosen, rejected = scores(out / "model", test)
-            right[kind] = ((chosen > rejected) == (truth > 0)).mean()
-            off[kind] = np.abs(1 / (1 + np.exp(rejected - chosen)) - 1 / (1 + np.exp(-truth))).mean()
-        gains.append(right["soft"] - right["hard"])
-        nearer.append(off["hard"] - off["soft"])
-    for values in (gains, nearer):
-        half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-        assert np.mean(values) - half > 0, values
+            right[kind].append(((chosen > rejected) == (truth > 0)).mean())
+            off[kind].append(np.abs(1 / (1 + np.exp(rejected - chosen)) - 1 / (1 + np.exp(-truth))).mean())
+    for what, gains in (
+        ("accuracy, soft - hard", np.subtract(right["soft"], right["hard"])),
+        ("error of P(chosen is better), hard - soft", np.subtract(off["hard"], off["soft"])),
+    ):
+        half = student.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / math.sqrt(len(gains))
+        print(f"{what}: {gains.mean():.3f} ({gains.mean() - half:.3f} to {gains.mean() + half:.3f})")
+        assert gains.mean() - half > 0, gains
+    print({kind: (np.mean(right[kind]).round(3), np.mean(off[kind]).round(3)) for kind in right})
 
 
 # ---------------------------------------------------------------- bad settings and data
