@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from rlaif.records import UsageError
 from rlaif.train import distill, sft
 from rlaif.train.config import Lora, Sft, load_config
+from rlaif.train.data import guarded
 from rlaif.train.record import lines
 from rlaif.train.run import Part, arguments, load_tokenizer, run
 from tests.engines.tiny import save_tiny, tiny_tokenizer
@@ -76,7 +77,9 @@ def metrics(made: Sft) -> list[dict[str, Any]]:
 
 def part_of(made: Sft) -> Part:
     train, held = sft.read(made)
-    part = Part("train", made, made.model, Path(made.out), made.seed, load_tokenizer(made), train, held)
+    tokenizer = load_tokenizer(made)
+    train, held = (rows and guarded(rows, tokenizer) for rows in (train, held))  # as `Run` does it for all trainers
+    part = Part("train", made, made.model, Path(made.out), made.seed, tokenizer, train, held)
     part.arguments.update(arguments(part))
     return part
 
