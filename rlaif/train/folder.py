@@ -87,9 +87,14 @@ class Folder:
 
     def _begin(self) -> None:
         with atomic(self.path / CONFIG) as temporary:
-            temporary.write_text(yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
+            temporary.write_text(as_yaml(self.settings), encoding="utf-8")
         with atomic(self.path / DATA) as temporary:
             temporary.write_text(json.dumps(self.hashes, indent=2) + "\n", encoding="utf-8")
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, all but ASCII escaped: some control characters (U+0085) would be read back as others."""
+    return yaml.safe_dump(dict(settings), sort_keys=False)
 
 
 def _read(path: Path) -> dict[str, Any]:

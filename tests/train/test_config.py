@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rlaif import cli_train
 from rlaif.records import UsageError
 from rlaif.train.config import KINDS, Preference, Reward, Sft, load_config
+from rlaif.train.folder import as_yaml
 from tests.conftest import write_jsonl
 from tests.engines.tiny import save_tiny
 
@@ -158,9 +159,10 @@ def test_a_bad_change_is_named(change: str, said: str, tmp_path: Path) -> None:
     ),
     kind=st.sampled_from(sorted(KINDS)),
 )
+@example(changes={"description": "\x85"}, kind="dpo")
 def test_settings_come_back_from_the_file_that_a_run_keeps(changes: dict[str, Any], kind: str) -> None:
     made = KINDS[kind].model_validate({**BASE, **changes})
-    stored = yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    stored = yaml.safe_load(as_yaml(made.model_dump(mode="json")))
     assert KINDS[kind].model_validate(stored) == made
     assert stored == made.model_dump(mode="json")
 
