@@ -104,6 +104,12 @@ class Labeler(YamlFile):
 
     # ------------------------------------------------------------ its parts
 
+    @property
+    def pace(self) -> tuple[int, float | None, tuple[float, float] | None]:
+        """Rows in flight, the seconds that a call may take, and prices, where a run is not told others."""
+        seconds = 120.0 if self.engine == "openai" else None
+        return self.concurrency or CONCURRENCY[self.engine], seconds, self.price
+
     def make_engine(self, limits: Limits) -> Engine:
         """The engine, ready to answer.
 

@@ -197,10 +197,7 @@ class Running:
     reparse: Annotated[bool, typer.Option("--reparse", help="Read the stored answers again, without a call.")] = False
 
     def limits(self, labeler: Labeler) -> Limits:
-        from rlaif.labeler import CONCURRENCY
-
-        seconds = 120.0 if labeler.engine == "openai" else None
-        return self.within(labeler.concurrency or CONCURRENCY[labeler.engine], seconds, labeler.price)
+        return self.within(*labeler.pace)
 
     def within(self, rows: int, seconds: float | None = None, price: tuple[float, float] | None = None) -> Limits:
         """The limits; what no option gives is rows in flight, seconds a call, and prices, as they are given here."""

@@ -12,8 +12,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
@@ -258,7 +258,6 @@ def run(kind: str, config: Training, resume: bool = False) -> dict[str, Any]:
     StoppedError where it was interrupted, after a checkpoint.
     """
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers say what they train, unless told not to
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # TRL's bars beside ours
     quiet()
@@ -364,23 +363,18 @@ def save_model(trainer: Any, part: Part, folder: Path, main: bool) -> None:
         target.rename(folder)
 
 
-class building:  # noqa: N801
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place only when the block ends well."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.temporary = folder, folder.with_name(f".{folder.name}.tmp")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.temporary.rename(self.folder)
-        else:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def link(source: str, target: str) -> None:
