@@ -359,8 +359,7 @@ def save_model(trainer: Any, part: Part, folder: Path, main: bool) -> None:
     if main:
         part.tokenizer.save_pretrained(target)
         (target / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all it says is in run.json
-        shutil.rmtree(folder, ignore_errors=True)
-        target.rename(folder)
+        put_in_place(target, folder)
 
 
 @contextmanager
@@ -371,10 +370,15 @@ def building(folder: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        put_in_place(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(made: Path, folder: Path) -> None:
+    """Let a folder that was made whole take the name of another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    made.rename(folder)
 
 
 def link(source: str, target: str) -> None:

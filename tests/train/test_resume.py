@@ -195,8 +195,8 @@ def test_a_part_that_is_done_is_not_trained_again(case: str, parts: list[str], s
     [
         Death("rlaif.train.run.save_model"),
         Death("rlaif.train.run.save_model", after=True),
-        Death("rlaif.train.run.building.__exit__"),
-        Death("rlaif.train.run.building.__exit__", after=True),
+        Death("rlaif.train.run.put_in_place", 2),  # the second time, for the part's own came first
+        Death("rlaif.train.run.put_in_place", 2, after=True),
     ],
     ids=lambda death: f"{death.where.split('.')[-1]}-{'after' if death.after else 'before'}",
 )
