@@ -27,8 +27,9 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 
 from rlaif.records import Row
 from rlaif.train.checkpoints import Checkpoints
-from rlaif.train.config import KINDS, Training
+from rlaif.train.config import Training
 from rlaif.train.data import Rows
+from rlaif.train.kinds import KINDS
 from rlaif.train.record import Recorder
 from rlaif.train.run import MODULES, Part, arguments, load_tokenizer, model_path, quiet
 

@@ -51,7 +51,7 @@ def kto(config: Config, changes: Changes = None, resume: Resume = False) -> None
 
 
 def _train(kind: str, name: str, changes: list[str] | None, resume: bool) -> None:
-    from rlaif.train.config import load_config
+    from rlaif.train.kinds import load_config
     from rlaif.yamlfile import named
 
     main = os.environ.get("RANK", "0") == "0"

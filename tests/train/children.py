@@ -102,7 +102,7 @@ def _train(
     os.dup2(os.open(says, os.O_WRONLY), 2)
     import torch
 
-    from rlaif.train.config import KINDS
+    from rlaif.train.kinds import KINDS
     from rlaif.train.run import run
 
     torch.set_num_threads(1)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from rlaif import cli_train
 from rlaif.records import UsageError
-from rlaif.train.config import KINDS, Preference, Reward, Sft, load_config
+from rlaif.train.config import Preference, Reward, Sft
 from rlaif.train.folder import as_yaml
+from rlaif.train.kinds import KINDS, load_config
 from tests.conftest import write_jsonl
 from tests.engines.tiny import save_tiny
 

@@ -13,7 +13,8 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlaif.labeler import load_labeler
 from rlaif.records import UsageError
-from rlaif.train.config import LOSSES, Lora, Preference, Reward, Sft, Training, load_config
+from rlaif.train.config import LOSSES, Lora, Preference, Reward, Sft, Training
+from rlaif.train.kinds import load_config
 from rlaif.yamlfile import named, shipped
 from tests.conftest import cli, write_jsonl
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Request, RlaifError, UsageError
 from rlaif.train import choose, preference
-from rlaif.train.config import LOSSES, SOFT, Kto, Preference, load_config
+from rlaif.train.config import LOSSES, SOFT, Kto, Preference
+from rlaif.train.kinds import load_config
 from rlaif.train.record import lines
 from rlaif.train.run import Part, Run, arguments, load_tokenizer, run
 from tests.conftest import read_jsonl, write_jsonl

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from rlaif.records import UsageError
 from rlaif.train import distill, sft
-from rlaif.train.config import Lora, Sft, load_config
+from rlaif.train.config import Lora, Sft
 from rlaif.train.data import guarded
+from rlaif.train.kinds import load_config
 from rlaif.train.record import lines
 from rlaif.train.run import Part, arguments, load_tokenizer, run
 from tests.engines.tiny import save_tiny, tiny_tokenizer
