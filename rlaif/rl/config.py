@@ -81,7 +81,7 @@ class Function(_Term):
 
 
 class Ensemble(_Term):
-    """Several rewards for one: their `mean`, the `worst` of them, or mean − `penalty`·variance (Coste et al., arXiv 2310.02743).
+    """Several rewards for one (Coste et al., arXiv 2310.02743): their `mean`, the `worst`, or mean − `penalty`·variance.
 
     The spread of its members is a measure of over-optimisation that the run writes down.
     """

@@ -1,7 +1,7 @@
 """What is optimised, as functions of log-probabilities, rewards and values: nothing here knows a model.
 
-Shapes: B responses of up to T tokens; `mask` (B, T) is 1 for tokens of a response, 0 for padding behind it. Log-probabilities are
-natural, of the sampled tokens. Losses come as sums over what counts with their weights, for whoever calls to divide by the
+Shapes: B responses of up to T tokens; `mask` (B, T) is 1 for tokens of a response, 0 for padding behind it. Log-probabilities
+are natural, of the sampled tokens. Losses come as sums over what counts with their weights, for whoever calls to divide by the
 number of tokens or responses of the whole minibatch, over all its parts and processes.
 """
 
