@@ -456,7 +456,10 @@ def pairs(
 def report(
     outs: Annotated[
         list[str],
-        typer.Argument(metavar="OUT...", help="Labelled files, several labelers' of the same rows; or one revised file."),
+        typer.Argument(
+            metavar="OUT...",
+            help="Labelled files, several labelers' of the same rows; or one revised file; or one run's folder.",
+        ),
     ],
     page: Annotated[Path, typer.Option("-o", "--out", help="Where to: .html.")],
     human: Annotated[str | None, typer.Option(metavar="COLUMN", help="Human labels, as for `rlaif align`.")] = None,
@@ -468,12 +471,14 @@ def report(
     """Write one HTML page about labelled files: agreement with humans, plots, cost, and every row with its votes.
 
     Or about a revised file: what each round and each principle does, cost, and every row with its rounds.
+
+    Or about a training run, finished or not, by its folder: settings, curves, why it stopped, and samples of its responses.
     """
     from rlaif.report import write_report
 
     values = pairs_of(human_values.split(","), "--human-values") if human_values else None
     listing = write_report(outs, page, human, values, title, max_rows, seed)
-    print(f"{page}: {listing.rows} of {listing.total} rows listed")
+    print(f"{page}: {listing.rows} of {listing.total} {listing.what} listed")
 
 
 @app.command()

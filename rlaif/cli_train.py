@@ -14,7 +14,7 @@ PATIENCE = 20.0
 """Seconds in which the launcher of several processes ends the others, when the main one has said what is wrong."""
 
 train_app = typer.Typer(
-    help="Train on the labels: supervised fine-tuning, reward models, DPO and its family, KTO.",
+    help="Train: supervised fine-tuning, reward models, DPO and its family, KTO; PPO and online DPO with an AI judge.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -42,6 +42,18 @@ def reward(config: Config, changes: Changes = None, resume: Resume = False) -> N
 def dpo(config: Config, changes: Changes = None, resume: Resume = False) -> None:
     """Preference optimization: dpo, ipo, apo_zero, simpo, orpo … under one setting, `loss` (arXiv 2305.18290)."""
     _train("dpo", config, changes, resume)
+
+
+@train_app.command()
+def ppo(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """PPO, REINFORCE, RLOO, GRPO, P3O or TRPO, rewarded by a reward model or the judge itself (arXiv 2309.00267)."""
+    _train("ppo", config, changes, resume)
+
+
+@train_app.command()
+def online(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+    """Preferences between the model's own responses, judged as it learns: online DPO, IPO-MD, Nash-MD (arXiv 2402.04792)."""
+    _train("online", config, changes, resume)
 
 
 @train_app.command()
@@ -76,5 +88,7 @@ def _say(evaluation: dict[str, Any]) -> None:
     if accuracy and accuracy["low"] is not None:
         low, high = accuracy["low"], accuracy["high"]
         print(f"held out: accuracy {accuracy['value']:.3f} ({low:.3f} to {high:.3f}), {accuracy['n']} rows")
+    if evaluation.get("stopped"):
+        print(f"stopped early: {evaluation['stopped']}")
     if "before" in evaluation:
         print(f"{evaluation['measure']}: {evaluation['before']:.4f} before, {evaluation['after']:.4f} after")

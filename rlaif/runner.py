@@ -119,15 +119,27 @@ class Tally:
         return " · ".join(parts)
 
 
+class Budget:
+    """US dollars that are spent, and the most that calls in flight can cost; runners may share one."""
+
+    def __init__(self, spent: float = 0.0):
+        self.spent = spent
+        self.reserved: list[float] = []
+        self.freed = asyncio.Condition()
+
+
 class Runner:
     """Runs a method over rows. One runner serves one run.
 
     Stopping has one way whatever the reason (Ctrl-C, the budget, a fatal error): no new call is sent, those in flight are
     waited for and stored, and `run` raises. The same command then goes on from there.
+
+    `budget`: one that is shared with others, in place of the runner's own.
     """
 
-    def __init__(self, engine: Engine, store: Store, limits: Limits):
+    def __init__(self, engine: Engine, store: Store, limits: Limits, budget: Budget | None = None):
         self.engine, self.store, self.limits = engine, store, limits
+        self.budget = budget or Budget(limits.spent)
         self.offline = isinstance(engine, StoredEngine)
         self.tally = Tally()
         self._slots = asyncio.Semaphore(limits.concurrency)
@@ -136,8 +148,6 @@ class Runner:
         self._stopped = asyncio.Event()
         self._failures = 0
         self._answered = False
-        self._reserved: list[float] = []  # the most that each call in flight can cost
-        self._freed = asyncio.Condition()
 
     async def run(self, items: Iterable[tuple[str, Item]], method: Method, on_row: Callable[[], None] = lambda: None) -> None:
         """Work through (key, item) pairs, each row's result stored under its key as soon as it is there.
@@ -167,6 +177,15 @@ class Runner:
         """Send nothing more; the first reason given is the one that `run` raises."""
         self._stop = self._stop or reason
         self._stopped.set()
+
+    @property
+    def reason(self) -> RlaifError | None:
+        """Why it stopped; None while it goes on."""
+        return self._stop
+
+    async def settle(self) -> None:
+        """Wait until what is in flight is stored."""
+        await asyncio.gather(*self._flying.values(), return_exceptions=True)
 
     async def _work(self, pending: Iterator[tuple[str, Item]], method: Method, on_row: Callable[[], None]) -> None:
         for key, item in pending:
@@ -290,7 +309,9 @@ class Runner:
         self.tally.calls += 1
         self.tally.prompt_tokens += completion.prompt_tokens
         self.tally.completion_tokens += completion.completion_tokens
-        self.tally.cost += self._price(completion) or 0.0
+        cost = self._price(completion) or 0.0
+        self.tally.cost += cost
+        self.budget.spent += cost
 
     @asynccontextmanager
     async def _budget(self, request: Request) -> AsyncIterator[None]:
@@ -303,24 +324,24 @@ class Runner:
             return
         size = sum(len(m["content"].encode("utf-8", "replace")) + 16 for m in request.messages) + len(request.prefix) + 64
         most = (size * self.limits.prices[0] + request.max_tokens * self.limits.prices[1]) / 1e6
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._stop or self._fits(most) or not self._reserved)
+        budget = self.budget
+        async with budget.freed:
+            await budget.freed.wait_for(lambda: self._stop or self._fits(most) or not budget.reserved)
             if not self._fits(most):
-                spent = self.limits.spent + self.tally.cost
-                self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${spent:.4f})"))
+                self.stop(StoppedError(f"the budget of ${self.limits.max_cost:g} is spent (${budget.spent:.4f})"))
             if self._stop:
                 raise StoppedError("stopping")
-            self._reserved.append(most)
+            budget.reserved.append(most)
         try:
             yield
         finally:
-            async with self._freed:
-                self._reserved.remove(most)
-                self._freed.notify_all()
+            async with budget.freed:
+                budget.reserved.remove(most)
+                budget.freed.notify_all()
 
     def _fits(self, most: float) -> bool:
         assert self.limits.max_cost is not None
-        return self.limits.spent + self.tally.cost + sum(self._reserved) + most <= self.limits.max_cost
+        return self.budget.spent + sum(self.budget.reserved) + most <= self.limits.max_cost
 
     # ------------------------------------------------------------ Ctrl-C
 

@@ -141,7 +141,7 @@ class TransformersEngine(Batching[_Job]):
         tokens, mask = self._padded([ids[start:] for ids in prompts])
         places = (mask.cumsum(1) - 1).clamp(min=0) + start
         mask = torch.cat([mask.new_ones(len(prompts), start), mask], 1)
-        with _float32_head(self._model):
+        with float32_head(self._model):
             out = self._model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -178,7 +178,7 @@ class TransformersEngine(Batching[_Job]):
         settings = hf.GenerationConfig(
             max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
         )
-        with _float32_head(self._model) if request.logprob else nullcontext():
+        with float32_head(self._model) if request.logprob else nullcontext():
             out = self._model.generate(
                 tokens,
                 attention_mask=mask,
@@ -298,23 +298,25 @@ def _generator(job: _Job, device: torch.device) -> torch.Generator:
 
 
 @contextmanager
-def _float32_head(model: Any) -> Iterator[None]:
+def float32_head(model: Any) -> Iterator[None]:
     """Compute the last layer in float32: logits in bf16 have steps of 1/8 from 16 up, which is much for a log-ratio."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.weight.dtype == torch.float32:
+    device = head.weight.device.type
+    if type(head) is not torch.nn.Linear or (head.weight.dtype == torch.float32 and not torch.is_autocast_enabled(device)):
         yield
         return
 
-    def exact(_: Any, args: tuple[torch.Tensor], __: Any) -> torch.Tensor:
-        # In parts, for a float32 copy of all weights may not fit.
-        logits = torch.cat([linear(args[0].float(), part.float()) for part in head.weight.chunk(8)], -1)
-        return logits if head.bias is None else logits + head.bias.float()
+    def exact(states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device, enabled=False):
+            # In parts, for a float32 copy of all weights may not fit.
+            logits = torch.cat([linear(states.float(), part.float()) for part in head.weight.chunk(8)], -1)
+            return logits if head.bias is None else logits + head.bias.float()
 
-    hook = head.register_forward_hook(exact)
+    head.forward = exact  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        hook.remove()
+        del head.forward  # the class's own shows again
 
 
 # ---------------------------------------------------------------- loading

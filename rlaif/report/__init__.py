@@ -1,8 +1,10 @@
 """One HTML file about an output: what was asked, how it came out, what it cost, and every row with what was made of it.
 
+Or about a training run: what was trained, how its figures went, and samples of what the model said on the way.
+
 The page loads nothing. Its texts come from models and data sets and are never markup: Jinja escapes what the template
 shows, rows travel as JSON and become text nodes, and a content security policy allows the page's own script alone.
-Labelled and revised files have a module, a template and a script each; the rest of the page is the same for both.
+Labelled files, revised ones and training runs have a module, a template and a script each; the rest of the page is the same.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from markupsafe import Markup
 from rlaif import __version__
 from rlaif.data import SURROGATE, atomic
 from rlaif.records import UsageError
-from rlaif.report import labelled, revised
+from rlaif.report import labelled, revised, trained
 from rlaif.report.common import Listing, Page
 
 FOLDER = Path(__file__).parent
@@ -38,7 +40,7 @@ def write_report(
     max_rows: int = 2000,
     seed: int = 0,
 ) -> Listing:
-    """Write the report on outputs of `rlaif label`, or on one of `rlaif revise`, to `out`.
+    """Write the report on outputs of `rlaif label`, or on one of `rlaif revise` or of `rlaif train`, to `out`.
 
     Several outputs are labelers of the same rows, matched by `id`; `human` and `values` are as in `agreement.leaderboard`.
     Figures are about all rows; above `max_rows`, the rows listed are the failed and the wrong ones first, then a random
@@ -47,7 +49,9 @@ def write_report(
     Raises: UsageError for an output that cannot be written, and for rows that cannot be read, measured or matched.
     """
     _check_page(out, outs)
-    if _about_revisions(outs, human, values):
+    if _about_one("rlaif train", trained.is_run, outs, human, values):
+        page = trained.page(outs[0], title, max_rows, seed)
+    elif _about_one("rlaif revise", revised.is_revised, outs, human, values):
         page = revised.page(outs[0], title, max_rows, seed)
     else:
         page = labelled.page(outs, human, values, title, max_rows, seed, RESAMPLES)
@@ -74,19 +78,21 @@ def _check_page(out: Path, outs: Sequence[str]) -> None:
         raise UsageError(f"{twice.name} is given twice: several files are several labelers")
 
 
-def _about_revisions(outs: Sequence[str], human: str | None, values: Mapping[str, str] | None) -> bool:
-    """Whether the report is about revisions. Raises: UsageError where it cannot be one report."""
-    found = [name for name in outs if revised.is_revised(name)]
+def _about_one(
+    command: str, made: Callable[[str], bool], outs: Sequence[str], human: str | None, values: Mapping[str, str] | None
+) -> bool:
+    """Whether the report is about what this command made, by `made`. Raises: UsageError where it cannot be one report."""
+    found = [name for name in outs if made(name)]
     if not found:
         return False
     if len(found) < len(outs):
         other = next(name for name in outs if name not in found)
-        raise UsageError(f"{found[0]} is an output of `rlaif revise`, {other} is not: make a report on each")
+        raise UsageError(f"{found[0]} is an output of `{command}`, {other} is not: make a report on each")
     if len(found) > 1:
-        raise UsageError(f"{found[0]} and {found[1]} are outputs of `rlaif revise`: a report takes one of them")
+        raise UsageError(f"{found[0]} and {found[1]} are outputs of `{command}`: a report takes one of them")
     if human or values:
         name = "--human" if human else "--human-values"
-        raise UsageError(f"{name} goes with labelled files; {found[0]} is an output of `rlaif revise`")
+        raise UsageError(f"{name} goes with labelled files; {found[0]} is an output of `{command}`")
     return True
 
 

@@ -20,12 +20,13 @@ SPENT = ("prompt_tokens", "completion_tokens")
 
 @dataclass(frozen=True)
 class Listing:
-    """What the page lists: `rows` of `total` rows, `first` of `all_first` of those that come first."""
+    """What the page lists: `rows` of `total` rows, `first` of `all_first` of those that come first; `what` they are."""
 
     rows: int
     total: int
     first: int
     all_first: int
+    what: str = "rows"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ function field(names) {
 //   detail: (row) => children of what is shown when a row is opened
 // `chosen` has the value of every filter by its name, "" for any.
 function listRows(kind) {
+  if (!query("#list")) return; // there are no rows
   const open = new Set();
   const searchable = new Map();
   let found = data.rows;

@@ -73,7 +73,7 @@ Interval = tuple[float | None, float | None, float | None]
 
 def intervals(name: str, rows: Sequence[tuple[str, bool, Sequence[Interval]]], titles: Sequence[str]) -> Markup:
     """A dot with its interval for each row (name, whether it is a baseline, one interval a title) and title."""
-    with _drawing():
+    with drawing():
         figure = Figure((2 * WIDTH, 0.75 + 0.3 * len(rows)), layout="constrained")
         for column, (axes, title) in enumerate(zip(_across(figure, len(titles)), titles, strict=True)):
             for place, (_, baseline, values) in enumerate(rows):
@@ -81,16 +81,16 @@ def intervals(name: str, rows: Sequence[tuple[str, bool, Sequence[Interval]]], t
             axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
             axes.set_ylim(-0.6, len(rows) - 0.4)
             axes.grid(axis="y", visible=False)
-        figure.axes[0].set_yticks(range(len(rows)), [_short(f"({n})" if b else n) for n, b, _ in reversed(rows)])
+        figure.axes[0].set_yticks(range(len(rows)), [short(f"({n})" if b else n) for n, b, _ in reversed(rows)])
         said = "; ".join(f"{row[0]}: " + ", ".join(_said(t, v) for t, v in zip(titles, row[2], strict=True)) for row in rows)
-        return _svg(figure, name, f"Agreement with 95 % intervals. {said}")
+        return svg(figure, name, f"Agreement with 95 % intervals. {said}")
 
 
 def soft_labels(name: str, groups: Mapping[str, Sequence[float]]) -> Markup:
     """How many rows have which soft label: a stacked histogram, one layer a group (what humans preferred)."""
     edges = [n / 20 for n in range(21)]
     colours = {"a": BLUE, "b": ORANGE}
-    with _drawing():
+    with drawing():
         figure, axes = _figure(2.4)
         names = [group for group, softs in groups.items() if len(softs)]
         axes.hist(
@@ -109,13 +109,13 @@ def soft_labels(name: str, groups: Mapping[str, Sequence[float]]) -> Markup:
         if len(groups) > 1:
             figure.legend(loc="outside upper left", ncols=4)
         counts = ", ".join(f"{group}: {len(groups[group])} rows" for group in names)
-        return _svg(figure, name, f"Histogram of soft labels. {counts}")
+        return svg(figure, name, f"Histogram of soft labels. {counts}")
 
 
 def reliability(name: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
     """Accuracy against confidence by bin, with 95 % Wilson intervals, above the count of rows in each bin."""
     filled = [entry for entry in bins if entry["n"]]
-    with _drawing():
+    with drawing():
         figure = Figure((WIDTH, 3.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         above.plot([0.5, 1], [0.5, 1], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
@@ -144,31 +144,31 @@ def reliability(name: str, bins: Sequence[Mapping[str, Any]]) -> Markup:
         below.set_ylabel("rows")
         below.grid(axis="x", visible=False)
         said = "; ".join(f"confidence {e['confidence']:.2f}: {e['accuracy']:.2f} right of {e['n']}" for e in filled)
-        return _svg(figure, name, f"Calibration curve. {said}")
+        return svg(figure, name, f"Calibration curve. {said}")
 
 
 def positions(name: str, counts: Sequence[tuple[str, tuple[int, int, int]]]) -> Markup:
     """For each labeler, the shares of rows where both orders prefer no position, the first shown, the second shown."""
     legend = ("no position", "the first shown", "the second shown")
-    with _drawing():
+    with drawing():
         figure, axes = _figure(0.95 + 0.34 * len(counts))
         shares = [(labeler, [part / sum(parts) for part in parts]) for labeler, parts in counts]
         _stacked(axes, shares, (GREY, BLUE, ORANGE), legend, ".0%")
         axes.set_xlim(0, 1)
         axes.set_xlabel("share of the rows judged in both orders")
         figure.legend(loc="outside upper left", ncols=3)
-        return _svg(figure, name, f"Position bias: rows by the position that both orders prefer. {_counts(counts, legend)}")
+        return svg(figure, name, f"Position bias: rows by the position that both orders prefer. {_counts(counts, legend)}")
 
 
 def outcomes(name: str, counts: Sequence[tuple[str, tuple[int, ...]]], legend: Sequence[str]) -> Markup:
     """For each round of revision, how many rows had which of four outcomes."""
-    with _drawing():
+    with drawing():
         figure, axes = _figure(0.95 + 0.34 * len(counts))
         _stacked(axes, counts, (BLUE, ORANGE, GREY, RED), legend, "d")
         axes.set_xlim(0, max(sum(parts) for _, parts in counts))
         axes.set_xlabel("rows")
         figure.legend(loc="outside upper left", ncols=4)
-        return _svg(figure, name, f"Rounds of revision: rows by outcome. {_counts(counts, legend)}")
+        return svg(figure, name, f"Rounds of revision: rows by outcome. {_counts(counts, legend)}")
 
 
 def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str, what: str, most: float | None) -> Markup:
@@ -176,7 +176,7 @@ def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str,
 
     `most` is the greatest value that there can be, None where there is none.
     """
-    with _drawing():
+    with drawing():
         figure, axes = _figure(2.7)
         said = []
         for place, (label, values) in enumerate(groups):
@@ -194,7 +194,7 @@ def spreads(name: str, groups: Sequence[tuple[str, Sequence[float]]], unit: str,
         axes.set_xlabel("round, texts")
         axes.set_ylabel(unit)
         axes.grid(axis="x", visible=False)
-        return _svg(figure, name, f"{what} by round of revision. {'; '.join(said)}")
+        return svg(figure, name, f"{what} by round of revision. {'; '.join(said)}")
 
 
 def lengths(name: str, bins: Sequence[tuple[float, int, int, int | None]]) -> Markup:
@@ -202,7 +202,7 @@ def lengths(name: str, bins: Sequence[tuple[float, int, int, int | None]]) -> Ma
 
     Each bin: the median ratio of the lengths, rows, those where the labeler prefers the longer, those where humans do.
     """
-    with _drawing():
+    with drawing():
         figure, axes = _figure(2.7)
         places = range(len(bins))
         axes.axhline(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
@@ -226,7 +226,7 @@ def lengths(name: str, bins: Sequence[tuple[float, int, int, int | None]]) -> Ma
             f"times {bins[p][0]:.2f}: " + ", ".join(f"{label} {hits[p] / bins[p][1]:.2f}" for label, _, _, hits in series)
             for p in places
         )
-        return _svg(figure, name, f"Length bias: share that prefers the longer response. {said}")
+        return svg(figure, name, f"Length bias: share that prefers the longer response. {said}")
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
@@ -238,7 +238,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 # ---------------------------------------------------------------- drawing
 
 
-def _drawing() -> Any:
+def drawing() -> Any:
     return matplotlib.rc_context(RC)
 
 
@@ -269,7 +269,7 @@ def _stacked(
                 ink = INK if colour == GREY else PAPER
                 axes.text(left + part / 2, place, text, ha="center", va="center", fontsize=8, color=ink)
             left += part
-    axes.set_yticks(range(len(rows)), [_short(name) for name, _ in reversed(rows)])
+    axes.set_yticks(range(len(rows)), [short(name) for name, _ in reversed(rows)])
     axes.grid(visible=False)
 
 
@@ -292,7 +292,7 @@ def _said(title: str, interval: Interval) -> str:
     return f"{title} " + ("undefined" if value is None else f"{value:.3f}{bounds}")
 
 
-def _short(text: str, most: int = 30) -> str:
+def short(text: str, most: int = 30) -> str:
     text = UNSEEN.sub("\ufffd", text)
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
@@ -300,7 +300,7 @@ def _short(text: str, most: int = 30) -> str:
 # ---------------------------------------------------------------- SVG for a page
 
 
-def _svg(figure: Figure, name: str, label: str) -> Markup:
+def svg(figure: Figure, name: str, label: str) -> Markup:
     """The figure as an element of a page whose policy allows no style attribute; `name` makes its ids the page's only."""
     figure.patch.set_visible(False)
     for axes in figure.axes:

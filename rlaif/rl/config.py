@@ -252,7 +252,14 @@ class Ppo(Rollouts):
             raise ValueError("surrogate: goes with ppo")
         if self.value_from and self.value == "shared":
             raise ValueError("value_from: a head that is shared with the policy begins from the policy")
+        if self.algorithm == "trpo" and self.value == "shared":
+            raise ValueError("value: trpo steps the policy alone: separate")
         return self
+
+    @property
+    def smoothing(self) -> float:
+        """λ; unless told otherwise, REINFORCE takes whole returns."""
+        return 1.0 if self.algorithm == "reinforce" and "lam" not in self.model_fields_set else self.lam
 
     @property
     def passes(self) -> int:

@@ -117,21 +117,25 @@ def preference_loss(loss: str, first: Tensor, second: Tensor, p: Tensor, beta: f
     """The loss of each pair from the log-ratios log π/π_ref of its two responses, and P(the first is better); all (B).
 
     dpo (arXiv 2305.18290) and ipo (2310.12036) take p as it is; hinge (2305.10425), apo_zero and apo_down (2408.06266, §3)
-    take the side that it prefers. With p for 1 − p and the responses swapped, each loss is the same.
+    take the side that it prefers, at ½ half of each. With p for 1 − p and the responses swapped, each loss is the same.
     """
+    share = p if loss in ("dpo", "ipo") else ((p - 0.5).sign() + 1) / 2
+    return share * _preferred(loss, first, second, beta) + (1 - share) * _preferred(loss, second, first, beta)
+
+
+def _preferred(loss: str, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """The loss of each pair of which one response is the better one for certain."""
+    margin = chosen - rejected
     if loss == "dpo":
-        margin = beta * (first - second)
-        return -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
+        return -logsigmoid(beta * margin)
     if loss == "ipo":
-        margin, wanted = first - second, 1 / (2 * beta)
-        return p * (margin - wanted).square() + (1 - p) * (margin + wanted).square()
-    chosen, rejected = (beta * torch.where(p >= 0.5, *pair) for pair in ((first, second), (second, first)))
+        return (margin - 1 / (2 * beta)).square()
     if loss == "hinge":
-        return torch.relu(1 - (chosen - rejected))
+        return torch.relu(1 - beta * margin)
     if loss == "apo_zero":
-        return 1 - chosen.sigmoid() + rejected.sigmoid()
+        return 1 - (beta * chosen).sigmoid() + (beta * rejected).sigmoid()
     if loss == "apo_down":
-        return chosen.sigmoid() + 1 - (chosen - rejected).sigmoid()
+        return (beta * chosen).sigmoid() + 1 - (beta * margin).sigmoid()
     raise ValueError(f"no loss '{loss}'")
 
 

@@ -50,6 +50,16 @@ REWARDS = {
     "binary": "each response good or bad by itself (arXiv 2112.00861)",
 }
 
+ALGORITHMS = {
+    "ppo": "proximal policy optimisation (arXiv 1707.06347)",
+    "reinforce": "REINFORCE with a learned value baseline (arXiv 2309.00267)",
+    "p3o": "pairwise proximal policy optimisation (arXiv 2310.00212)",
+    "trpo": "trust region policy optimisation (arXiv 1502.05477)",
+    "grpo": "group relative policy optimisation (arXiv 2402.03300)",
+    "rloo": "REINFORCE with a leave-one-out baseline (arXiv 2402.14740)",
+}
+NASH = "Nash learning by mirror descent (arXiv 2312.00886)"
+
 TOLD = {"name", "description", "model", "data", "eval", "out", "stages"}
 """Settings that are not listed as they are: they have a place of their own in the card, or none."""
 
@@ -73,7 +83,7 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
         "## Data",
         table(("part", "file", "rows", "left out", "SHA-256"), _data(report["data"])),
         "## Labels",
-        *_labels(report.get("labeler") or ()),
+        *_labels(report),
         "## Settings",
         table(("setting", "value"), _settings(settings)),
         *_measured(report),
@@ -134,7 +144,11 @@ def kind_of(report: Mapping[str, Any]) -> str:
             else "on completions, by their likelihood"
         )
         return f"A language model, fine-tuned {how}."
+    if kind == "ppo":
+        return f"A language model, trained by reinforcement learning from AI feedback: {ALGORITHMS[settings['algorithm']]}."
     loss = settings["loss"]
+    if kind == "online":
+        return f"A language model, trained on preferences between its own responses: {LOSSES.get(loss, NASH)}."
     if kind == "reward":
         return f"A reward model: a score for a response to a prompt. Loss: {REWARDS[loss]}."
     losses = {loss: 1.0} if isinstance(loss, str) else loss
@@ -160,7 +174,13 @@ def names(source: str) -> str:
     return ", ".join(re.split(r"[/\\]", part)[-1] for part in source.split(", "))
 
 
-def _labels(labelers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _labels(report: Mapping[str, Any]) -> Iterator[str]:
+    labelers = report.get("labeler") or ()
+    reward = report.get("evaluation", {}).get("reward") if report["kind"] in ("ppo", "online") else None
+    if reward:
+        yield "Responses were judged while it was trained, by:"
+        yield table(("setting", "value"), flat(reward if isinstance(reward, Mapping) else {"reward": reward}))
+        return
     if not labelers:
         yield "No run file beside the data tells who labelled it."
     for labeler in labelers:

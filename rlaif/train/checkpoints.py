@@ -23,6 +23,28 @@ class Trained(Exception):
     """The run's last step was made already."""
 
 
+class Interrupt:
+    """Takes note of Ctrl-C and SIGTERM, for the step to be finished first; the second time, they end the run at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        self._before = {name: signal.signal(name, self._stop) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+        self._before = {}
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+
 class Checkpoints(TrainerCallback):
     """Marks each checkpoint as complete once all its files are there, and only then lets an older one go.
 
@@ -32,12 +54,15 @@ class Checkpoints(TrainerCallback):
     """
 
     def __init__(self, keep: int) -> None:
-        self.keep, self.stopped = keep, False
-        self._before: dict[signal.Signals, Any] = {}
+        self.keep, self.interrupt = keep, Interrupt()
+
+    @property
+    def stopped(self) -> bool:
+        return self.interrupt.stopped
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if args.world_size == 1:  # several processes would not stop at the same step
-            self._before = {name: signal.signal(name, self._stop) for name in (signal.SIGINT, signal.SIGTERM)}
+            self.interrupt.__enter__()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -62,14 +87,7 @@ class Checkpoints(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back."""
-        for name, handler in self._before.items():
-            signal.signal(name, handler)
-        self._before = {}
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:  # the second time, at once
-            raise KeyboardInterrupt
-        self.stopped = True
+        self.interrupt.__exit__()
 
 
 def seal(folder: Path) -> None:

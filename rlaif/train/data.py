@@ -297,6 +297,13 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
+def ready(found: Rows, config: Any, tokenizer: Any) -> Rows:
+    """The rows that `max_length` holds, guarded. Raises: UsageError where none is left."""
+    row = found.rows[0]
+    columns = ("chosen", "rejected") if "chosen" in row else ("text",) if "text" in row else ("completion",)
+    return guarded(fitting(found, columns, config.max_length, encoder(tokenizer)), tokenizer)
+
+
 def guarded(found: Rows, tokenizer: Any) -> Rows:
     """The rows as an encoder reads them, for trainers that make tokens of them by themselves."""
     from rlaif.engines.chat import Chat

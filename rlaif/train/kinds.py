@@ -23,8 +23,8 @@ KINDS: dict[str, type[Training]] = {
 }
 """What `rlaif train KIND` reads."""
 
-FILES = ("data", "eval", "context", "judge")
-"""Fields that may name a file beside the config."""
+FILES = ("data", "eval", "context", "judge", "ptx", "reward", "held_out")
+"""Fields that may name a file beside the config, or hold some that do."""
 
 
 def load_config(kind: str, path: Path, changes: Sequence[str] = ()) -> Training:
@@ -52,7 +52,12 @@ def load_config(kind: str, path: Path, changes: Sequence[str] = ()) -> Training:
 def _beside(path: Path, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _beside(path, own) for key, own in value.items()}
-    return beside(path, value) if isinstance(value, str) and value else value
+    if isinstance(value, list):
+        return [_beside(path, own) for own in value]
+    if not isinstance(value, str) or not value:
+        return value
+    file, mark, name = value.rpartition(".py:")  # a function in a file
+    return f"{beside(path, f'{file}.py')}:{name}" if mark else beside(path, value)
 
 
 def _set(content: dict[str, Any], change: str) -> None:

@@ -24,7 +24,7 @@ from rlaif.records import Row, UsageError
 from rlaif.train import data
 from rlaif.train.choose import choose, decided
 from rlaif.train.config import CPO_LOSSES, DPO_LOSSES, KTO_LOSSES, SOFT, Preference
-from rlaif.train.data import Rows
+from rlaif.train.data import Rows, ready
 from rlaif.train.run import Part, Run, load_tokenizer, model_path, read_both
 
 with warnings.catch_warnings():
@@ -81,8 +81,7 @@ def is_soft(config: Preference, row: Row) -> bool:
     return config.labels != "hard" and "soft_label" in row and bool(set(config.losses) & SOFT)
 
 
-def responses(row: Row) -> list[str]:
-    return ["chosen", "rejected"] if "chosen" in row else ["completion"]
+fitting = ready
 
 
 # ---------------------------------------------------------------- soft losses

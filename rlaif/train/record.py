@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from rlaif.data import atomic
 from rlaif.progress import Progress
+from rlaif.train.lines import append, lines, take_back
+
+__all__ = ["Recorder", "lines", "take_back", "tokens_read"]
 
 SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
 """What a trainer says once at its end, about its time more than about the model."""
@@ -47,8 +46,7 @@ class Recorder(TrainerCallback):
             if name in figures:
                 self._last[name] = f"{name.replace('_', ' ')} {figures[name]:.4f}"
         line = {"part": self.part, "step": state.global_step, "epoch": state.epoch, **figures}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _finite(v) for k, v in line.items()}) + "\n")
+        append(self.path, line)
         self._show(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -63,29 +61,6 @@ class Recorder(TrainerCallback):
         if self._progress:
             rate = (step - self._first) / max(time.monotonic() - self._begun, 1e-9)
             self._progress.update(step, " · ".join((*self._last.values(), f"{rate:.2f} steps/s")))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN; a loss that became one must show."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The metrics that were written; a last line that was cut off by a kill is passed over."""
-    if not path.exists():
-        return
-    for text in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            yield json.loads(text)
-        except ValueError:
-            continue
-
-
-def take_back(path: Path, part: str, step: int) -> None:
-    """Remove the lines of a part that came after a step; all of them for step 0, where it begins anew."""
-    kept = [line for line in lines(path) if line["part"] != part or (step and line["step"] <= step)]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def tokens_read(path: Path, part: str, step: int) -> int:

@@ -25,7 +25,7 @@ from rlaif.records import Row, UsageError
 from rlaif.reward import FACTS, weights_hash
 from rlaif.train import data
 from rlaif.train.config import Reward
-from rlaif.train.data import Encode, Rows
+from rlaif.train.data import Encode, Rows, ready
 from rlaif.train.run import Part, Run, read_both
 
 # ---------------------------------------------------------------- rows
@@ -83,8 +83,7 @@ def _numbered(row: Row, config: Reward, head: int, where: str) -> Row:
     return {**made, "head": head}
 
 
-def responses(row: Row) -> list[str]:
-    return ["chosen", "rejected"] if "chosen" in row else ["completion"]
+fitting = ready
 
 
 # ---------------------------------------------------------------- groups
@@ -140,7 +139,7 @@ def _group(rows: Sequence[Row], encode: Encode) -> Group:
 
 
 def _singles(row: Row, encode: Encode) -> Group:
-    names = responses(row)
+    names = ["chosen", "rejected"] if "chosen" in row else ["completion"]
     good = float(row.get("soft_label", 1.0)) if "chosen" in row else float(row["label"])
     targets = [good, 1 - good][: len(names)]
     ids = [encode(row["prompt"], row[name]) for name in names]

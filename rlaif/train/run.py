@@ -24,10 +24,10 @@ from huggingface_hub import constants
 from rlaif.data import atomic
 from rlaif.job import versions
 from rlaif.provenance import labelers, sha256
-from rlaif.records import FatalError, Row, UsageError
+from rlaif.records import FatalError, UsageError
 from rlaif.runner import StoppedError
 from rlaif.train.config import Training
-from rlaif.train.data import Rows, encoder, fitting, guarded, held_out
+from rlaif.train.data import Rows, held_out
 from rlaif.train.folder import Folder, hashes
 
 PACKAGES = ("rlaif", "trl", "transformers", "torch", "accelerate", "peft", "datasets")
@@ -86,8 +86,8 @@ class Kind(Protocol):
         """The rows to train on, and those held out. Raises: UsageError naming the place of what is wrong."""
         ...
 
-    def responses(self, row: Row) -> list[str]:
-        """The columns of a row's responses."""
+    def fitting(self, found: Rows, config: Any, tokenizer: Any) -> Rows:
+        """The rows that are short enough, with no text in them that could pass for a turn's end. Raises: as `read`."""
         ...
 
     def trainer(self, part: Part) -> Any:
@@ -114,7 +114,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.out = Path(self.config.out)
-        self.module: Kind = import_module(f"rlaif.train.{MODULES[self.kind]}")
+        self.module: Kind = import_module(MODULES[getattr(self.config, "algorithm", self.kind)])
         self.main = int(os.environ.get("RANK", "0")) == 0
         self.started = time.monotonic()
 
@@ -156,13 +156,8 @@ class Run:
         return Path(model)
 
     def _fitting(self, found: tuple[Rows, Rows | None], tokenizer: Any) -> tuple[Rows, Rows | None]:
-        encode = encoder(tokenizer)
-        train, held = (
-            rows and guarded(fitting(rows, self.module.responses(rows.rows[0]), self.config.max_length, encode), tokenizer)
-            for rows in found
-        )
-        assert train
-        return train, held
+        train, held = found
+        return self.module.fitting(train, self.config, tokenizer), held and self.module.fitting(held, self.config, tokenizer)
 
     def _close(self) -> dict[str, Any]:
         """Put the model into its place, and write what was done."""
@@ -199,38 +194,14 @@ class Run:
 
     def _part(self, part: Part) -> Path:
         """Train a part, unless that is done; returns the folder of its model."""
-        from transformers import PrinterCallback
-
-        from rlaif.train.checkpoints import Checkpoints, Trained, clear, newest, step_of
-        from rlaif.train.record import Recorder, tokens_read
-
         model = part.folder / "model"
         done = part.folder / "done.json"
         if not done.exists():
             part.arguments.update(arguments(part))
-            trainer = self._trainer(part)
-            checkpoints, recorder = Checkpoints(part.config.keep), Recorder(self.out / "metrics.jsonl", part.name)
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(recorder)
-            trainer.add_callback(checkpoints)
-            start = newest(part.folder / "checkpoints")
-            if self.main:
-                clear(part.folder / "checkpoints")
-            if start:
-                trainer._total_train_tokens = tokens_read(recorder.path, part.name, step_of(start))  # TRL begins at 0
-                trainer.args.eval_on_start = False  # that was another start
-            begun = time.monotonic()
-            try:
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-            except Trained:
-                pass
-            finally:
-                recorder.close()
-                checkpoints.restore()
-            if checkpoints.stopped and trainer.state.global_step < trainer.state.max_steps:
-                raise StoppedError(f"{self.out}: stopped at step {trainer.state.global_step}; --resume goes on from there")
-            figures = {"steps": trainer.state.global_step, "seconds": round(time.monotonic() - begun, 1)}
-            save_model(trainer, part, model, self.main)
+            trainer, begun = self._trainer(part), time.monotonic()
+            steps = self._loop(trainer, part) if hasattr(trainer, "learn") else self._train(trainer, part)
+            figures = {"steps": steps, "seconds": round(time.monotonic() - begun, 1)}
+            trainer.save_model(model) if hasattr(trainer, "learn") else save_model(trainer, part, model, self.main)
             if self.main:
                 with atomic(done) as temporary:
                     temporary.write_text(json.dumps({"name": part.name, **figures}), encoding="utf-8")
@@ -241,6 +212,46 @@ class Run:
             self.parts.append(json.loads(done.read_text(encoding="utf-8")))
         return model
 
+    def _train(self, trainer: Any, part: Part) -> int:
+        """Let a trainer of transformers make its steps, from its newest checkpoint on; returns how many there are."""
+        from transformers import PrinterCallback
+
+        from rlaif.train.checkpoints import Checkpoints, Trained, clear, newest, step_of
+        from rlaif.train.record import Recorder, tokens_read
+
+        checkpoints, recorder = Checkpoints(part.config.keep), Recorder(self.out / "metrics.jsonl", part.name)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(recorder)
+        trainer.add_callback(checkpoints)
+        start = newest(part.folder / "checkpoints")
+        if self.main:
+            clear(part.folder / "checkpoints")
+        if start:
+            trainer._total_train_tokens = tokens_read(recorder.path, part.name, step_of(start))  # TRL begins at 0
+            trainer.args.eval_on_start = False  # that was another start
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except Trained:
+            pass
+        finally:
+            recorder.close()
+            checkpoints.restore()
+        if checkpoints.stopped and trainer.state.global_step < trainer.state.max_steps:
+            raise StoppedError(f"{self.out}: stopped at step {trainer.state.global_step}; --resume goes on from there")
+        return int(trainer.state.global_step)
+
+    def _loop(self, loop: Any, part: Part) -> int:
+        """The same for a loop of `rlaif.rl`."""
+        from rlaif.train.checkpoints import Interrupt
+        from rlaif.train.record import Recorder
+
+        recorder = Recorder(self.out / "metrics.jsonl", part.name)
+        with Interrupt() if int(os.environ.get("WORLD_SIZE", "1")) == 1 else nullcontext(Interrupt()) as interrupt:
+            try:
+                return int(loop.run(recorder, interrupt))
+            finally:
+                recorder.close()
+
     def _trainer(self, part: Part) -> Any:
         try:
             return self.module.trainer(part)
@@ -248,11 +259,19 @@ class Run:
             raise FatalError(f"cannot begin to train {part.model}: {' '.join(str(error).split())[:300]}") from error
 
 
-MODULES = {"sft": "sft", "reward": "reward", "dpo": "preference", "kto": "preference"}
+MODULES = {
+    "sft": "rlaif.train.sft",
+    "reward": "rlaif.train.reward",
+    **dict.fromkeys(("dpo", "kto"), "rlaif.train.preference"),
+    **dict.fromkeys(("ppo", "reinforce", "p3o", "trpo"), "rlaif.rl.ppo"),
+    **dict.fromkeys(("grpo", "rloo"), "rlaif.rl.group"),
+    "online": "rlaif.rl.online",
+}
+"""What trains a model of each kind; PPO's kin by their algorithms."""
 
 
 def run(kind: str, config: Training, resume: bool = False) -> dict[str, Any]:
-    """Train a model of this kind (`sft`, `reward`, `dpo`, `kto`) as its config says; returns what `run.json` holds.
+    """Train a model of this kind, one of `KINDS`, as its config says; returns what `run.json` holds.
 
     Raises: UsageError for bad settings or data, before a model is loaded; FatalError where a model cannot be loaded;
     StoppedError where it was interrupted, after a checkpoint.

@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rlaif.records import Row, UsageError
+from rlaif.records import UsageError
 from rlaif.train import data, distill
 from rlaif.train.config import Sft
-from rlaif.train.data import Rows
+from rlaif.train.data import Rows, ready
 from rlaif.train.record import lines
 from rlaif.train.run import Part, Run, read_both
 
@@ -33,8 +33,7 @@ def _read(config: Sft, source: str, limit: int | None) -> Rows:
     return data.documents(source, limit, config.bad_rows == "drop")
 
 
-def responses(row: Row) -> list[str]:
-    return ["text"] if "text" in row else ["completion"]
+fitting = ready
 
 
 def trainer(part: Part) -> Any:

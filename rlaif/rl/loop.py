@@ -1,0 +1,612 @@
+"""The way of a run, step by step: prompts, responses, judgement, an update; what it tells, keeps, and when it ends.
+
+PPO and online preference learning differ in what they learn from a step's responses; the rest is here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlaif.records import RlaifError, Row, UsageError, digest
+from rlaif.rl import watch
+from rlaif.rl.actor import Actor, Batch, collate
+from rlaif.rl.generate import Sampler, TransformersSampler
+from rlaif.rl.prompts import Encoder, deal
+from rlaif.rl.rewards import Background, Rewards, Scored
+from rlaif.runner import StoppedError
+from rlaif.train.checkpoints import Interrupt, clear, in_order, newest, seal, step_of
+from rlaif.train.record import Recorder, lines, take_back
+from rlaif.train.run import Part, put_in_place
+
+Sums = dict[str, float]
+
+STATE = "state.pt"
+SILENT = 3
+"""Steps in a row in which no response could be judged, after which a run ends."""
+
+
+@dataclass
+class Sample:
+    """A response of a step: `number` counts the step's responses over all processes.
+
+    `logprobs` of the policy that drew it, `reference` and `values`, one for each of its tokens, float32.
+    """
+
+    number: int
+    row: Row
+    prompt: list[int]
+    response: list[int]
+    text: str
+    ended: bool
+    logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    scored: Scored | None = None
+
+    @property
+    def score(self) -> float:
+        assert self.scored
+        assert self.scored.value is not None
+        return self.scored.value
+
+    @property
+    def kl(self) -> float:
+        """log π/π_ref of the whole response, nats: an estimate of the KL."""
+        return float((self.logprobs - self.reference).sum())
+
+    def line(self) -> dict[str, Any]:
+        """As it is told in samples.jsonl."""
+        scored = self.scored or Scored(None, {}, None, None)
+        return {
+            "prompt": self.row["prompt"],
+            "response": self.text,
+            "reward": scored.value,
+            "terms": scored.terms,
+            "kl": self.kl,
+            "tokens": len(self.response),
+            "ended": self.ended,
+            "error": scored.error,
+        }
+
+
+@dataclass
+class Rolled:
+    """This process's responses of a step, and the judgement of each that is on its way."""
+
+    step: int
+    samples: list[Sample]
+    judged: list[Future[list[Any]]]
+
+
+class World:
+    """The processes of a run."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.rank, self.size = accelerator.process_index, accelerator.num_processes
+        self.main = accelerator.is_main_process
+
+    def all(self, values: Sequence[Any]) -> list[Any]:
+        """The values of all processes, those of the first one first."""
+        return list(gather_object(list(values))) if self.size > 1 else list(values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        found: Tensor = self._accelerator.reduce(values, "sum") if self.size > 1 else values
+        return found
+
+    def same(self, value: Any) -> Any:
+        """What the main process has."""
+        return self.all([value])[0]
+
+
+class Clock:
+    """Seconds of a step by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.begun = time.monotonic()
+
+    @contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - begun
+
+    def figures(self, judging: float) -> dict[str, float]:
+        """The step's seconds, and the share of each part of it."""
+        whole = time.monotonic() - self.begun
+        shares = {f"time/{what}": self.seconds[what] / whole for what in ("generation", "scoring", "training", "waiting")}
+        return {"time/step": whole, **shares, "time/judging": min(judging / whole, 1.0)}
+
+
+@dataclass
+class State:
+    """How far the run is, as callbacks of transformers' trainers are told it."""
+
+    max_steps: int
+    global_step: int
+    epoch: float
+    is_world_process_zero: bool
+
+
+class Loop(ABC):
+    """A run of reinforcement learning, from its newest checkpoint to its end."""
+
+    def __init__(self, part: Part, with_value: bool = False, mixture: float = 0.0) -> None:
+        self.part = part
+        self.config: Any = part.config
+        config = self.config
+        for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+            if os.environ.get(name, "false").lower() == "true":
+                raise UsageError("each process holds the whole model here: FSDP and DeepSpeed have no part in it")
+        gpu = config.device == "auto" and torch.cuda.is_available()
+        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and gpu)
+        self.accelerator = Accelerator(cpu=not gpu, log_with=list(config.report_to) or None, project_dir=config.out)
+        self.world = World(self.accelerator)
+        self.out, self.folder = Path(config.out), part.folder / "checkpoints"
+        self.actor = Actor(part, self.accelerator.device, bf16, with_value)
+        self.encode = Encoder(part.tokenizer)
+        self.ends = _ends(self.actor.lm, part.tokenizer)
+        self.sampler: Sampler = TransformersSampler(self.actor.voices(), self.actor.pad, self.accelerator.device)
+        if config.generator == "vllm":
+            from rlaif.rl.vllm import VllmSampler
+
+            if self.world.size > 1 or mixture:
+                raise UsageError("generator: vllm goes with one process and without a mixture")
+            self.sampler = VllmSampler(
+                part.model,
+                dtype="bf16" if bf16 else "fp32",
+                max_length=config.max_length,
+                trust_remote_code=config.trust_remote_code,
+            )
+        self.mixer = TransformersSampler(self.actor.voices(mixture), self.actor.pad, self.accelerator.device)
+        self.rewards = self._rewards(self._terms, "judge")
+        self.judge = Background(self.rewards)
+        self.rival_judge = Background(self._rewards(config.held_out, "held-out-judge")) if config.held_out else None
+        self.prompts_a_step = config.rollouts // self.a_prompt
+        through = config.epochs * len(part.train.rows)
+        self.steps = config.max_steps or max(1, math.ceil(through / self.prompts_a_step))
+        self.step, self.stopped, self.silent = 0, "", 0
+        self.optimizer = torch.optim.AdamW(self._groups(), weight_decay=config.weight_decay)
+        warmup = math.ceil(config.warmup * self.steps)
+        self.scheduler = get_scheduler(config.scheduler, self.optimizer, warmup, self.steps)
+        self.samples = watch.Samples(self.out / "samples.jsonl")
+        self.waiting: Rolled | None = None
+        self.unlogged: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
+
+    # ------------------------------------------------------------ what differs
+
+    @property
+    @abstractmethod
+    def a_prompt(self) -> int:
+        """Responses to a prompt."""
+
+    @property
+    def _terms(self) -> Any:
+        return self.config.reward
+
+    @abstractmethod
+    def learn(self, samples: list[Sample], clock: Clock) -> dict[str, float]:
+        """Update the policy from this process's judged responses of a step; the figures are those of all processes."""
+
+    @abstractmethod
+    def extra_state(self) -> dict[str, Any]:
+        """What else a checkpoint must hold."""
+
+    @abstractmethod
+    def load_extra(self, state: dict[str, Any]) -> None:
+        """Take it back."""
+
+    def submit(self, samples: list[Sample]) -> Future[list[Any]]:
+        """Have some responses judged; whole prompts' at a time."""
+        return self.judge.submit([sample.row for sample in samples], [sample.text for sample in samples])
+
+    def sampler_of(self, number: int) -> Sampler:
+        """What draws the response of this number to a prompt."""
+        return self.sampler
+
+    # ------------------------------------------------------------ the run
+
+    def run(self, recorder: Recorder, interrupt: Interrupt) -> int:
+        """All steps, or those that are left; the number of steps that were made.
+
+        Raises: StoppedError where it was interrupted; RlaifError where no judge answers: both after a checkpoint.
+        """
+        self._resume()
+        if self.world.main:
+            take_back(recorder.path, self.part.name, self.step)
+            self.samples.take_back(self.step)
+            self.history = list(lines(recorder.path))
+        if self.config.report_to:
+            self.accelerator.init_trackers("rlaif", config={})
+        recorder.on_train_begin(None, self._told(), None)
+        try:
+            while self.step < self.steps and not self.stopped:
+                try:
+                    self._one_step(recorder)
+                except RlaifError:
+                    self._save()
+                    raise
+                if interrupt.stopped and self.world.size == 1:
+                    self._save()
+                    if self.step < self.steps:
+                        raise StoppedError(f"{self.out}: stopped at step {self.step}; --resume goes on from there")
+            self._save()
+        finally:
+            self.judge.close()
+            if self.rival_judge:
+                self.rival_judge.close()
+            self.sampler.close()
+            if self.config.report_to:
+                self.accelerator.end_training()
+        return self.step
+
+    def _one_step(self, recorder: Recorder) -> None:
+        clock, busy = Clock(), self.judge.busy()
+        rolled = self.waiting or self.roll(self.step, clock)
+        self.waiting = rolled  # until it is learnt from: a run that ends here goes on with it
+        ahead = self.roll(self.step + 1, clock) if self.config.ahead and self.step + 1 < self.steps else None
+        samples = self.judged(rolled, clock)
+        figures = self._figures(samples)
+        rate = self.optimizer.param_groups[0]["lr"]
+        known = [sample for sample in samples if sample.scored and sample.scored.value is not None]
+        if figures["asked"] > figures["failed"]:
+            self.silent = 0
+            figures |= self.learn(known, clock)
+        else:
+            self._nothing(samples)
+        self.waiting = ahead
+        self.step += 1
+        self.scheduler.step()
+        if self.config.reference_update and self.step % self.config.reference_steps == 0:
+            self.actor.move_reference(self.config.reference_update)
+        figures |= {"learning_rate": rate, **clock.figures(self.judge.busy() - busy)}
+        self._tell(samples, figures, recorder)
+        if self.step % self._save_steps == 0 and self.step < self.steps:
+            self._save()
+
+    def _nothing(self, samples: list[Sample]) -> None:
+        """No response of the step has a score: there is nothing to learn."""
+        self.silent += 1
+        if self.silent == SILENT:
+            error = next((s.scored.error for s in samples if s.scored and s.scored.error), None)
+            raise RlaifError(f"no response of {SILENT} steps could be judged: {error or 'the judge gave no score'}")
+
+    @property
+    def _save_steps(self) -> int:
+        return int(self.config.save_steps or max(1, -(-self.steps // 10)))
+
+    # ------------------------------------------------------------ responses
+
+    def roll(self, step: int, clock: Clock) -> Rolled:
+        """Draw this process's responses of a step, each batch of them to the judge as soon as it is there."""
+        self.sampler.sync(self.actor.lm)
+        rows = self.part.train.rows
+        dealt = deal(len(rows), step * self.prompts_a_step, self.prompts_a_step, self.part.seed)
+        mine = [
+            Sample(place * self.a_prompt + n, rows[row], [], [], "", False)
+            for place, row in enumerate(dealt)
+            if place % self.world.size == self.world.rank
+            for n in range(self.a_prompt)
+        ]
+        rolled = Rolled(step, mine, [])
+        size = -(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt
+        for some in _chunks(mine, size):
+            with clock.on("generation"):
+                self._draw(some, step)
+            rolled.judged.append(self.submit(some))
+        with clock.on("scoring"):
+            self._measure(mine)
+        return rolled
+
+    def _draw(self, samples: list[Sample], step: int | str) -> None:
+        for sampler in dict.fromkeys(self.sampler_of(sample.number % self.a_prompt) for sample in samples):
+            own = [sample for sample in samples if self.sampler_of(sample.number % self.a_prompt) is sampler]
+            self._fill(own, step, sampler)
+
+    def _fill(self, samples: list[Sample], step: int | str, sampler: Sampler) -> None:
+        for sample in samples:
+            sample.prompt = self.encode(sample.row["prompt"])
+        seeds = [int(digest([self.part.seed, step, sample.number])[:15], 16) for sample in samples]
+        config = self.config
+        drawn = sampler.sample([s.prompt for s in samples], seeds, config.max_new_tokens, config.temperature, self.ends)
+        for sample, response in zip(samples, drawn, strict=True):
+            sample.response, sample.ended = response, response[-1] in self.ends
+            sample.text = self._decoded(response).strip()
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.part.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @torch.no_grad()
+    def _measure(self, samples: list[Sample]) -> None:
+        """Log-probabilities and values of what was drawn, in batches of similar lengths."""
+        for some in _chunks(sorted(samples, key=_size), 2 * self.config.batch_size):
+            batch = self.batch(some)
+            logprobs, reference = self.actor.logprobs(batch), self.actor.reference_logprobs(batch)
+            values = torch.zeros_like(logprobs)
+            if self.actor.head is not None:
+                with self.actor.valuing():
+                    values = self.actor.values(batch)
+            for sample, *found in zip(some, logprobs.cpu(), reference.cpu(), values.cpu(), strict=True):
+                sample.logprobs, sample.reference, sample.values = (f[: len(sample.response)].clone() for f in found)
+
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        return collate([s.prompt for s in samples], [s.response for s in samples], self.actor.pad, self.accelerator.device)
+
+    def stacked(self, samples: Sequence[Sample], what: Callable[[Sample], Tensor]) -> Tensor:
+        """Something of each token, padded with 0: (B, T)."""
+        found = torch.nn.utils.rnn.pad_sequence([what(sample) for sample in samples], batch_first=True)
+        return found.to(self.accelerator.device)
+
+    def judged(self, rolled: Rolled, clock: Clock) -> list[Sample]:
+        """Wait for the judge. Raises: what ended it, in all processes."""
+        problem = None
+        with clock.on("waiting"):
+            try:
+                found = [scored for future in rolled.judged for scored in future.result()]
+            except RlaifError as error:
+                problem = error
+            first = next((p for p in self.world.all([problem and str(problem)]) if p), None)
+        if first:
+            raise problem or RlaifError(first)
+        for sample, scored in zip(rolled.samples, found, strict=True):
+            sample.scored = scored
+        return rolled.samples
+
+    # ------------------------------------------------------------ learning
+
+    def minibatches(self, numbers: Sequence[int], update: int, group: int = 1) -> Iterator[list[int]]:
+        """The numbers of all processes' responses, in minibatches in an order drawn anew; `group` neighbours stay together."""
+        generator = torch.Generator().manual_seed(int(digest([self.part.seed, "order", self.step, update])[:15], 16))
+        groups = list(_chunks(sorted(numbers), group))
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        size = self.config.batch_size * self.config.accumulate * self.world.size
+        for some in _chunks(order, max(1, size // group)):
+            yield [number for place in some for number in groups[place]]
+
+    def pieces(self, samples: Sequence[Sample], group: int = 1) -> Iterator[list[Sample]]:
+        """Of a minibatch, what this process takes at once; those of similar lengths together."""
+        units = sorted(_chunks(samples, group), key=lambda unit: max(map(_size, unit)))
+        for some in _chunks(units, max(1, self.config.batch_size // group)):
+            yield [sample for unit in some for sample in unit]
+
+    def update(self) -> float:
+        """Take a step of the optimizer with the gradients of all processes added up; their norm before it was clipped."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.share_gradients(parameters)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def share_gradients(self, parameters: Sequence[Tensor]) -> None:
+        if self.world.size == 1:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        flat = self.world.total(flat)
+        for parameter, grad in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def means(self, sums: dict[str, float], count: float) -> dict[str, float]:
+        """Sums over this process as means over all of them."""
+        names = sorted(set(self.world.all(list(sums))))
+        whole = self.world.total(torch.tensor([*(sums[name] for name in names), count], dtype=torch.float64))
+        return {name: float(value / max(float(whole[-1]), 1e-12)) for name, value in zip(names, whole[:-1], strict=True)}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        rate = self.config.learning_rate
+        value_rate = getattr(self.config, "value_learning_rate", None) or rate
+        groups = [
+            {"params": self.actor.policy_parameters, "lr": rate},
+            {"params": self.actor.value_parameters, "lr": value_rate},
+        ]
+        return [group for group in groups if group["params"]]
+
+    # ------------------------------------------------------------ telling
+
+    def _figures(self, samples: list[Sample]) -> dict[str, float]:
+        """What the step's responses are like, those of all processes."""
+        told = self.world.all([(s.response, s.ended, s.kl, float(-s.logprobs.sum()), s.scored) for s in samples])
+        responses, ended, kl, surprise, scored = zip(*told, strict=True)
+        scores = [one.value for one in scored if one.value is not None]
+        figures = {
+            **watch.figures(responses),
+            "ended": fmean(ended),
+            "kl": fmean(kl),
+            "entropy": sum(surprise) / sum(map(len, responses)),
+            "asked": len(scored),
+            "failed": len(scored) - len(scores),
+        }
+        if scores:
+            figures |= {"reward": fmean(scores), "reward/std": pstdev(scores)}
+        for name in scored[0].terms if len(scored[0].terms) > 1 else ():
+            values = [one.terms[name] for one in scored if one.terms.get(name) is not None]
+            figures |= {f"reward/{name}": fmean(values)} if values else {}
+        spreads = [one.spread for one in scored if one.spread is not None]
+        return figures | ({"reward/spread": fmean(spreads)} if spreads else {})
+
+    def _tell(self, samples: list[Sample], figures: dict[str, float], recorder: Recorder) -> None:
+        self.unlogged.append(figures)
+        if self.part.held and (self.step % self._eval_steps == 0 or self.step == self.steps):
+            figures |= self._held_out()
+        shown = self.step % self.config.sample_steps == 0 or self.step in (1, self.steps)
+        if self.world.main and shown:
+            self.samples.append(self.step, (sample.line() for sample in samples[: self.config.samples_shown]))
+        if self.step % self.config.log_steps == 0 or self.step == self.steps or "held_out/length" in figures:
+            merged = _merged(self.unlogged)
+            self.unlogged.clear()
+            self.history.append({"step": self.step, **merged})
+            recorder.on_log(None, self._told(), None, merged)
+            if self.config.report_to:
+                self.accelerator.log(merged, step=self.step)
+        recorder.on_step_end(None, self._told(), None)
+        self.stopped = self.world.same(watch.reason(self.config.stop_when, self.history)) or ""
+
+    def _told(self) -> State:
+        epoch = self.step * self.prompts_a_step / len(self.part.train.rows)
+        return State(self.steps, self.step, epoch, self.world.main)
+
+    @property
+    def _eval_steps(self) -> int:
+        return int(self.config.eval_steps or max(1, self.steps // 10))
+
+    def _held_out(self) -> dict[str, float]:
+        """The judge's reward, and the second judge's, on prompts that are not trained on; one response to each."""
+        assert self.part.held
+        rows = self.part.held.rows
+        mine = [Sample(n, row, [], [], "", False) for n, row in enumerate(rows) if n % self.world.size == self.world.rank]
+        for some in _chunks(mine, self.config.generate_batch):
+            self._fill(some, "held out", self.sampler)
+        found = {"held_out/length": fmean(self.world.all([len(s.response) for s in mine]))}
+        for name, judge in (("eval_reward", self.judge), ("held_out/reward", self.rival_judge)):
+            if judge and self._can_rate(judge):
+                scored = judge.submit([s.row for s in mine], [s.text for s in mine]).result()
+                values = self.world.all([one.value for one in scored])
+                known = [value for value in values if value is not None]
+                found |= {name: fmean(known)} if known else {}
+                found["held_out/failed"] = found.get("held_out/failed", 0) + len(values) - len(known)
+        return found
+
+    def _can_rate(self, judge: Background) -> bool:
+        """Whether it gives single responses a score."""
+        return True
+
+    # ------------------------------------------------------------ keeping
+
+    def _save(self) -> None:
+        """Write a checkpoint of the steps made, unless there is one."""
+        target, responses = self.folder / f"checkpoint-{self.step}", self._kept()
+        if self.world.main and newest(self.folder) != target:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            state = {
+                "step": self.step,
+                "stopped": self.stopped,
+                "silent": self.silent,
+                "weights": self.actor.state(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": {"last_epoch": self.scheduler.last_epoch},
+                "unlogged": self.unlogged,
+                "extra": self.extra_state(),
+                "responses": responses,
+            }
+            torch.save(state, target / STATE)
+            seal(target)
+            for old in in_order(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _kept(self) -> list[Any]:
+        """The responses that wait to be learnt from, which a policy that is no more has drawn."""
+        if not self.waiting or not self.config.ahead:
+            return []
+        return self.world.all([[s.number, s.response, s.logprobs, s.reference, s.values] for s in self.waiting.samples])
+
+    def _resume(self) -> None:
+        found = newest(self.folder)
+        if self.world.main:
+            clear(self.folder)
+        self.accelerator.wait_for_everyone()
+        if found is None:
+            return
+        state = torch.load(found / STATE, map_location=self.accelerator.device, weights_only=True)
+        self.step, self.stopped, self.silent = state["step"], state["stopped"], state["silent"]
+        assert self.step == step_of(found)
+        self.actor.load_state(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.unlogged.extend(state["unlogged"])
+        self.load_extra(state["extra"])
+        if state["responses"]:
+            self.waiting = self._taken_up(state["responses"])
+
+    def _taken_up(self, kept: list[Any]) -> Rolled:
+        rows = self.part.train.rows
+        dealt = deal(len(rows), self.step * self.prompts_a_step, self.prompts_a_step, self.part.seed)
+        samples = []
+        for number, response, *figures in sorted(kept, key=lambda one: one[0]):
+            if number // self.a_prompt % self.world.size != self.world.rank:
+                continue
+            row = rows[dealt[number // self.a_prompt]]
+            sample = Sample(number, row, self.encode(row["prompt"]), response, self._decoded(response).strip(), False)
+            sample.ended = response[-1] in self.ends
+            sample.logprobs, sample.reference, sample.values = (f.cpu() for f in figures)
+            samples.append(sample)
+        size = -(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt
+        return Rolled(self.step, samples, [self.submit(some) for some in _chunks(samples, size)])
+
+    def save_model(self, folder: Path) -> None:
+        """Write the policy with its tokenizer; the folder appears whole or not at all."""
+        if self.world.main:
+            target = folder.with_name(f".{folder.name}.tmp")
+            shutil.rmtree(target, ignore_errors=True)
+            self.actor.save(target, self.part.model, bool(self.config.lora and self.config.lora.merge))
+            self.part.tokenizer.save_pretrained(target)
+            facts = {
+                "stopped": self.stopped or None,
+                "reward": self.rewards.settings(),
+                "judged": self.rewards.facts(),
+            }
+            (self.part.folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            put_in_place(target, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _rewards(self, terms: Sequence[Any], name: str) -> Rewards:
+        config = self.config
+        folder = self.part.folder / (name if self.world.size == 1 else f"{name}-{self.world.rank}")
+        budget = config.max_cost / self.world.size if config.max_cost else None
+        return Rewards(
+            terms,
+            folder,
+            tries=config.judge_tries,
+            timeout=config.judge_timeout,
+            max_cost=budget,
+            device="cpu" if config.device == "cpu" else None,
+            seed=self.part.seed,
+        )
+
+
+def _size(sample: Sample) -> int:
+    return len(sample.prompt) + len(sample.response)
+
+
+def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    return (list(values[start : start + size]) for start in range(0, len(values), size))
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: the model may name several."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
+def _merged(some: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The means of several steps' figures; what was counted is added up."""
+    found = {}
+    for name in dict.fromkeys(name for figures in some for name in figures):
+        values = [figures[name] for figures in some if name in figures]
+        found[name] = sum(values) if name in ("asked", "failed", "held_out/failed") else fmean(values)
+    return found
