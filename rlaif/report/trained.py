@@ -60,6 +60,8 @@ def page(name: str, title: str | None, max_rows: int, seed: int) -> Page:
     settings = _settings(folder, run)
     kind = run.get("kind") or _kind(settings)
     metrics = _checked(folder / METRICS, ("part", "step"))
+    if not kind and not metrics:
+        raise UsageError(f"{folder}: holds no run of `rlaif train`: no {METRICS}, and {RUN} or {CONFIG} of none of its kinds")
     samples = [_sample(line) for line in _checked(folder / SAMPLES, ("step", "response"))]
     _number_within_steps(samples)
     kept, listing = chosen([n for n, one in enumerate(samples) if one["status"] == "failed"], len(samples), max_rows, seed)
@@ -182,7 +184,7 @@ def _term(term: Mapping[str, Any], use: str, metrics: Sequence[Row], member: boo
 def _data(settings: Mapping[str, Any], run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A line for each file of rows; of a run that has not finished, what its settings name."""
     for stage, both in _mapping(run.get("data")).items():
-        for use, facts in (("training", both.get("train")), ("held out", both.get("held_out"))):
+        for use, facts in (("training", _mapping(both).get("train")), ("held out", _mapping(both).get("held_out"))):
             if facts:
                 left_out = ", ".join(f"{count:,} {why}" for why, count in (facts.get("left_out") or {}).items() if count)
                 file = card.names(str(facts.get("source")))
@@ -273,12 +275,14 @@ def _failed(metrics: Sequence[Row]) -> dict[str, int] | None:
 
 
 def _plots(metrics: Sequence[Row]) -> list[tuple[str, Markup, str]]:
-    from rlaif.train.curves import pictures  # they are drawn with `plots`, which is of this package
+    from rlaif.train.curves import pictures  # they are drawn in the colours of `plots`, which is of this package
 
-    return [
-        (f"{drawn.title[0].upper()}{drawn.title[1:]}.", plots.svg(drawn.figure, f"curve-{drawn.name}", drawn.said), NOTES.get(drawn.name, ""))
-        for drawn in pictures(metrics)
-    ]
+    with plots.drawing():
+        return [
+            (f"{drawn.title[0].upper()}{drawn.title[1:]}.", plots.svg(drawn.figure, f"curve-{drawn.name}", drawn.said), note)
+            for drawn in pictures(metrics)
+            for note in [NOTES.get(drawn.name, "")]
+        ]
 
 
 # ---------------------------------------------------------------- samples

@@ -101,9 +101,12 @@ class Actor:
         for name in others:
             model.add_adapter(name, part.peft)
         model.set_adapter(POLICY)
-        for name, parameter in model.named_parameters():
+        own = dict(model.named_parameters())
+        for name, parameter in own.items():
             if f".{VALUE}." in name:
                 parameter.requires_grad_(True)
+            if f".{REFERENCE}." in name:  # both begin at the same place
+                parameter.data.copy_(own[name.replace(f".{REFERENCE}.", f".{POLICY}.")].data)
         return model.eval()
 
     def _reference(self, config: Ppo | Online, frozen: torch.dtype, moves: bool) -> Any:

@@ -232,11 +232,11 @@ def _stacked(shares: Sequence[Curve], judging: Sequence[Curve]) -> Figure:
 def _frontier(points: Sequence[Point], held_out: Sequence[Point]) -> Figure:
     """Rewards by the KL from the reference, on a scale of its square root, by which Gao et al. (arXiv 2210.10760) plot.
 
-    A point for each logged step, the later the darker; evaluations are joined in their order. An estimate below 0 is at 0.
+    A point for each logged step, the later the stronger; evaluations are joined in their order. An estimate below 0 is at 0.
     """
     with matplotlib.rc_context(RC):
         figure, axes = _figure("KL from the reference, nats a response (scale: square root)", "")
-        names = ("reward, later steps darker", "held_out/reward, in order")[: 2 if held_out else 1]
+        names = ("reward, later steps stronger", "held_out/reward, in order")[: 2 if held_out else 1]
         steps = [step for step, _, _ in points]
         late = [0.15 + 0.85 * (step - steps[0]) / max(1, steps[-1] - steps[0]) for step in steps]
         axes.scatter(

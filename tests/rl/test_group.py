@@ -24,8 +24,9 @@ from tests.train.children import KILLED, STEP, Death, train
 from tests.train.conftest import one_thread as one_thread
 
 BOTH = ("grpo", "rloo")
-TASTE = """
-ARMS = {"A": 1.0, "B": 0.8, "C": 0.6}
+ARMS = {"i": 1.0, "G": 1.0, "S": 0.75, "l": 0.5}
+TASTE = f"""
+ARMS = {ARMS}
 
 def letters(prompts, responses):
     return [sum(letter.isalpha() and letter.isascii() for letter in text) / 8 for text in responses]
@@ -93,7 +94,7 @@ def weights(settings: Ppo) -> bytes:
 
 @pytest.mark.parametrize("algorithm", BOTH)
 def test_a_planted_reward_climbs(algorithm: str, place: Path) -> None:
-    wide = {"rollouts": 32, "batch_size": 32, "accumulate": 1, "max_steps": 25, "learning_rate": 1e-2}
+    wide = {"rollouts": 32, "batch_size": 32, "accumulate": 1, "max_steps": 25, "learning_rate": 5e-3, "beta": 0.01}
     settings = config(place, algorithm, out=str(place / f"climbs {algorithm}"), sample_steps=10, **wide)
     report = run("ppo", settings)
     rewards = [line["reward"] for line in metrics(settings) if "reward" in line]
@@ -112,22 +113,25 @@ def test_a_planted_reward_climbs(algorithm: str, place: Path) -> None:
 
 
 def test_rloo_finds_the_optimum_of_a_bandit(place: Path) -> None:
-    """One token, one prompt: the best policy is π_ref·exp(r/β), normalised; TRL puts the KL, by k1, into the reward."""
+    """One token, one prompt: the best policy is π_ref·exp(r/β), normalised; TRL puts the KL, by k1, into the reward.
+
+    Tolerance: 0.1 in total variation; the reference is 0.65 away, and where β is wrong by half, 0.26 and 0.35.
+    """
     write_jsonl(place / "one.jsonl", [{"prompt": "Pick:"}])
-    one = {"data": str(place / "one.jsonl"), "max_new_tokens": 1, "beta": 0.2, "whiten_advantages": False}
+    one = {"data": str(place / "one.jsonl"), "max_new_tokens": 1, "log_steps": 50, "beta": 0.25, "whiten_advantages": False}
     wide = {"rollouts": 128, "samples": 64, "batch_size": 128, "accumulate": 1, "max_steps": 100, "scheduler": "linear"}
     settings = config(place, "rloo", "bandit", learning_rate=1e-2, out=str(place / "bandit out"), **one, **wide)
     trainer = made(settings)
     trainer.train()
     tokenizer = tiny_tokenizer()
     texts = [tokenizer.decode([n], skip_special_tokens=True).strip() for n in range(len(tokenizer))]
-    rewards = torch.tensor([{"A": 1.0, "B": 0.8, "C": 0.6}.get(text, 0.0) for text in texts])
+    rewards = torch.tensor([ARMS.get(text, 0.0) for text in texts])
     reference = chances(AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32))
-    best = torch.softmax(reference.log() + rewards / settings.beta, -1)
-    apart = [float((found - best).abs().sum()) / 2 for found in (reference, chances(trainer.model))]
-    print(apart, [(float(best[n]), float(chances(trainer.model)[n])) for n in range(259) if rewards[n]])
-    assert apart[0] > 0.5
-    assert apart[1] < 0.1
+    best, more, less = (torch.softmax(reference.log() + rewards / (share * settings.beta), -1) for share in (1, 1.5, 0.5))
+    found = chances(trainer.model)
+    away = [float((found - other).abs().sum()) / 2 for other in (best, more, less, reference)]
+    assert away[0] < 0.1
+    assert min(away[1:]) > 0.2
 
 
 def chances(model: Any) -> torch.Tensor:

@@ -253,9 +253,11 @@ def test_steps_reach_the_best_policy_near_a_reference() -> None:
 # ---------------------------------------------------------------- a model
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_step_of_a_model_makes_a_planted_token_likelier(attention: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"), attn_implementation=attention)
+@pytest.mark.parametrize(("attention", "checkpoints"), [("eager", False), ("sdpa", False), ("sdpa", True)])
+def test_a_step_of_a_model_makes_a_planted_token_likelier(attention: str, checkpoints: bool, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path / "tiny"), attn_implementation=attention).train()
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (6, 20), generator=draw)
     planted = 65
