@@ -1,4 +1,4 @@
-"""The networks of a run: the policy, the reference that it is held to, and the value network, sharing weights where they can."""
+"""The networks of a run: policy, reference that it is held to, and value network, which share weights where they can."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlaif.engines.chat import load_tokenizer
 from rlaif.engines.transformers import float32_head
 from rlaif.records import UsageError
 from rlaif.rl.config import Online, Ppo
 from rlaif.rl.generate import Voice, padded_left
 from rlaif.train.run import Part, model_path
 
-POLICY, VALUE, REFERENCE = "default", "value", "reference"
-"""Names of adapters on the same weights."""
+POLICY, VALUE, REFERENCE = "default", "rlaif_value", "rlaif_reference"
+"""Names of adapters on the same weights, which no layer of a model has: parameters are told apart by them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,11 @@ class Batch:
         """The responses' tokens: (B, T)."""
         return self.ids[:, -self.response.shape[1] :]
 
+    @property
+    def places(self) -> Tensor:
+        """Where each token stands in its own text, from 0 on: (B, P + T)."""
+        return (self.mask.cumsum(1) - 1).clamp(min=0)
+
 
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad: int, device: torch.device) -> Batch:
     """A batch of token ids."""
@@ -54,8 +63,8 @@ class Actor:
 
     With LoRA all of them are one set of frozen weights: the policy an adapter, the reference the weights without it (or an
     adapter of its own, where it moves), the value network another adapter with a head. Without, the reference is a copy, and
-    so is a value network of its own. In bf16, frozen weights are kept in bf16, trained ones in float32 (and cast where used);
-    logits are always computed in float32.
+    so is a value network of its own. In bf16, weights below adapters are kept in bf16, all others in float32 (and cast where
+    they are used), the reference's as the policy's, so that both are rounded alike; logits are always computed in float32.
     """
 
     def __init__(self, part: Part, device: torch.device, bf16: bool, with_value: bool) -> None:
@@ -63,35 +72,30 @@ class Actor:
         self.device, self.pad = device, int(part.tokenizer.pad_token_id)
         self.temperature = config.temperature
         self._cast = bf16 and not part.peft
-        self._remote, self._checkpoints = config.trust_remote_code, config.gradient_checkpointing
+        self._remote, self._moves = config.trust_remote_code, config.reference_update is not None
+        self._dtype = torch.bfloat16 if bf16 and part.peft else torch.float32
         torch.manual_seed(part.seed)  # adapters and heads begin at random
-        frozen = torch.bfloat16 if bf16 else torch.float32
-        self.lm = self._load(
-            part.model, frozen if part.peft else torch.float32, eager=getattr(config, "algorithm", "") == "trpo"
-        )
+        self.lm = self._load(part.model, eager=getattr(config, "algorithm", "") == "trpo")
         self.adapted = part.peft is not None
-        moves = config.reference_update is not None
         if self.adapted:
-            self.lm = self._with_adapters(part, [VALUE] * (with_value and self._shares(config)) + [REFERENCE] * moves)
-        self.reference = self._reference(config, frozen, moves)
+            self.lm = self._with_adapters(part, [VALUE] * (with_value and self._shares(config)) + [REFERENCE] * self._moves)
+        self.reference = self._reference(config, part)
         self.head: nn.Linear | None = None
         self.trunk: Any = None
         if with_value:
             assert isinstance(config, Ppo)
             self._make_value(config, part)
         if config.gradient_checkpointing:
-            self._checkpointed()
+            for model in (self.lm, self.trunk):
+                _checkpoint(model)
         self.policy_parameters = [p for n, p in self.lm.named_parameters() if p.requires_grad and f".{VALUE}." not in n]
         self.value_parameters: list[nn.Parameter] = [] if self.head is None else self._value_parameters()
-        self._trained = [*self.policy_parameters, *self.value_parameters]
-        for parameter in self._trained:
-            parameter.requires_grad_(True)
 
     # ------------------------------------------------------------ making
 
-    def _load(self, name: str, dtype: torch.dtype, eager: bool = False) -> Any:
+    def _load(self, name: str, eager: bool = False) -> Any:
         more = {"attn_implementation": "eager"} if eager else {}  # others cannot be differentiated twice
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=self._remote, **more)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=self._dtype, trust_remote_code=self._remote, **more)
         return model.to(self.device).eval()  # no dropout: ratios compare the same network
 
     def _with_adapters(self, part: Part, others: Sequence[str]) -> Any:
@@ -101,22 +105,28 @@ class Actor:
         for name in others:
             model.add_adapter(name, part.peft)
         model.set_adapter(POLICY)
-        own = dict(model.named_parameters())
-        for name, parameter in own.items():
-            if f".{VALUE}." in name:
-                parameter.requires_grad_(True)
-            if f".{REFERENCE}." in name:  # both begin at the same place
-                parameter.data.copy_(own[name.replace(f".{REFERENCE}.", f".{POLICY}.")].data)
+        _keep_trained(model)
+        for kept, new in _both_factors(model):  # both begin at the same place
+            kept.data.copy_(new.data)
         return model.eval()
 
-    def _reference(self, config: Ppo | Online, frozen: torch.dtype, moves: bool) -> Any:
+    def _reference(self, config: Ppo | Online, part: Part) -> Any:
         """A model of its own; None where it is the policy's own weights, without or with another adapter."""
-        if config.reference:
-            if moves and self.adapted:
-                raise UsageError("reference: with LoRA, a reference that moves is the model that the policy begins from")
-            # One that moves gathers small steps, which bf16 would lose.
-            return self._load(model_path(config.reference), torch.float32 if moves else frozen).requires_grad_(False)
-        return None if self.adapted else copy.deepcopy(self.lm).requires_grad_(False)
+        if not config.reference:
+            return None if self.adapted else copy.deepcopy(self.lm).requires_grad_(False)
+        if self._moves and self.adapted:
+            raise UsageError("reference: with LoRA, a reference that moves is the model that the policy begins from")
+        path = model_path(config.reference)
+        self._check_vocabulary("reference", path, part)
+        model = self._load(path).requires_grad_(False)
+        if self._moves and [p.shape for p in model.parameters()] != [p.shape for p in self.lm.parameters()]:
+            raise UsageError(f"reference: {config.reference} has other layers than the policy, and so cannot move towards it")
+        return model
+
+    def _check_vocabulary(self, setting: str, path: str, part: Part) -> None:
+        """Raises: UsageError where the policy's tokens mean something else to that model."""
+        if load_tokenizer(path, self._remote).get_vocab() != part.tokenizer.get_vocab():
+            raise UsageError(f"{setting}: {path} has another vocabulary than {part.model}")
 
     @staticmethod
     def _shares(config: Ppo | Online) -> bool:
@@ -134,42 +144,34 @@ class Actor:
             self.trunk = copy.deepcopy(_trunk(self.lm))
 
     def _from_reward_model(self, folder: str, part: Part) -> None:
-        """InstructGPT's way (arXiv 2203.02155, §C.4): the value network begins as the reward model, its head included."""
+        """InstructGPT's way (arXiv 2203.02155, §C.4): the value network begins as the reward model, its head included.
+
+        Of several heads it is their mean, of an ensemble its first member.
+        """
+        from rlaif.engines.reward import _load as load_reward_model
         from rlaif.reward import read_folder
 
-        path = read_folder(Path(folder)).models[0]
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, trust_remote_code=self._remote)
+        found = read_folder(Path(folder))
+        self._check_vocabulary("value_from", folder, part)
+        model = load_reward_model(found.models[0], len(found.heads), self.pad, torch.float32, self._remote)
         score = getattr(model, "score", None)
         if not isinstance(score, nn.Linear) or score.in_features != model.config.get_text_config().hidden_size:
             raise UsageError(f"value_from: {folder} has no linear head 'score'")
         self.head = nn.Linear(score.in_features, 1, device=self.device)
         self.head.weight.data.copy_(score.weight.data.mean(0, keepdim=True))
         nn.init.zeros_(self.head.bias)
-        self.trunk = _trunk(model).to(self.device).eval()
+        self.trunk = _trunk(model).to(self.device).requires_grad_(True).eval()
         if part.peft:
             from peft import get_peft_model
 
+            for parameter in self.trunk.parameters():
+                parameter.data = parameter.data.to(self._dtype)
             self.trunk = get_peft_model(self.trunk, part.peft).eval()
-
-    def _checkpointed(self) -> None:
-        for model in [self.lm] if self.trunk is None else [self.lm, self.trunk]:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-                if hasattr(module, "attention_dropout"):
-                    module.attention_dropout = 0.0
-
-    def _mode(self, model: Any) -> None:
-        """transformers checkpoints nothing in eval mode, and caches nothing where it checkpoints."""
-        if self._checkpoints:
-            model.train(torch.is_grad_enabled())
 
     def _value_parameters(self) -> list[nn.Parameter]:
         assert self.head is not None
-        trunk = self.trunk if self.trunk is not None else nn.Module()
-        shared = [p for n, p in self.lm.named_parameters() if f".{VALUE}." in n]
-        return [*self.head.parameters(), *(p for p in trunk.parameters() if p.requires_grad), *shared]
+        own = [] if self.trunk is None else [p for p in self.trunk.parameters() if p.requires_grad]
+        return [*self.head.parameters(), *own, *(p for n, p in self.lm.named_parameters() if f".{VALUE}." in n)]
 
     @property
     def _base(self) -> Any:
@@ -200,21 +202,15 @@ class Actor:
             with self.lm.disable_adapter() if adapter is None else nullcontext():
                 if adapter is not None:
                     self.lm.set_adapter(adapter)
-                self._keep_trained()
+                _keep_trained(self.lm)
                 yield
         finally:
             self.lm.set_adapter(POLICY)
-            self._keep_trained()
+            _keep_trained(self.lm)
 
     def valuing(self) -> Any:
         """The context of `values` and of its gradient: checkpointed layers are computed again for that."""
         return self.using(VALUE) if self._value_adapter else nullcontext()
-
-    def _keep_trained(self) -> None:
-        """peft takes whatever is not active for frozen."""
-        for name, parameter in self.lm.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(f".{REFERENCE}." not in name)
 
     def as_reference(self) -> Any:
         """(model, context) to compute the reference with."""
@@ -224,15 +220,13 @@ class Actor:
 
     def move_reference(self, share: float) -> None:
         """Let the reference go that share of the way to the policy; with LoRA, in the adapters' factors."""
-        if self.reference is not None:
-            pairs = zip(self.reference.parameters(), self.lm.parameters(), strict=True)
+        if self.reference is None:
+            pairs = _both_factors(self.lm)
         else:
-            own = dict(self.lm.named_parameters())
-            names = [name for name in own if f".{REFERENCE}." in name]
-            pairs = ((own[name], own[name.replace(f".{REFERENCE}.", f".{POLICY}.")]) for name in names)  # type: ignore[assignment]
+            pairs = zip(self.reference.parameters(), self.lm.parameters(), strict=True)
         with torch.no_grad():
             for kept, new in pairs:
-                kept.lerp_(new.to(kept.dtype), share)
+                kept.lerp_(new, share)
 
     # ------------------------------------------------------------ passes
 
@@ -242,22 +236,21 @@ class Actor:
     def forward(self, batch: Batch, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
         """The policy's logits over each of the response's tokens (B, T, V), by temperature; a shared head's values (B, T)."""
         logits, states = self._pass(self.lm, batch, hidden)
-        return logits / self.temperature, self._valued(
-            states[:, -1 - batch.response.shape[1] : -1]
-        ) if states is not None else None
+        return logits / self.temperature, None if states is None else self._valued(states)
 
     def _pass(self, model: Any, batch: Batch, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
-        self._mode(model)
+        """Logits over each of the response's tokens and, with `hidden`, the states that they come from."""
+        before = slice(-1 - batch.response.shape[1], -1)  # each token is told by the place before it
         with self._autocast(), float32_head(self._bare(model)):
             out = model(
                 input_ids=batch.ids,
                 attention_mask=batch.mask,
-                position_ids=(batch.mask.cumsum(1) - 1).clamp(min=0),
+                position_ids=batch.places,
                 use_cache=False,
                 output_hidden_states=hidden,
                 logits_to_keep=batch.response.shape[1] + 1,
             )
-        return out.logits[:, :-1].float(), out.hidden_states[-1] if hidden else None
+        return out.logits[:, before].float(), out.hidden_states[-1][:, before] if hidden else None
 
     def logprobs(self, batch: Batch, temperature: float | None = None) -> Tensor:
         """The policy's log-probabilities of the response's tokens: (B, T), 0 for padding."""
@@ -271,15 +264,10 @@ class Actor:
 
     def values(self, batch: Batch) -> Tensor:
         """What the value network expects from before each token of the response on: (B, T). Within `valuing`."""
-        width = batch.response.shape[1]
-        if self.value_is_shared:
-            return cast(Tensor, self.forward(batch, hidden=True)[1])
-        trunk = self.trunk if self.trunk is not None else _trunk(self._base)
-        self._mode(trunk)
+        trunk = _trunk(self._base) if self.trunk is None else self.trunk
         with self._autocast():
-            places = (batch.mask.cumsum(1) - 1).clamp(min=0)
-            out = trunk(input_ids=batch.ids, attention_mask=batch.mask, position_ids=places, use_cache=False)
-        return self._valued(out.last_hidden_state[:, -1 - width : -1])
+            out = trunk(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.places, use_cache=False)
+        return self._valued(out.last_hidden_state[:, -1 - batch.response.shape[1] : -1])
 
     def _valued(self, states: Tensor) -> Tensor:
         assert self.head is not None
@@ -289,13 +277,12 @@ class Actor:
 
     def voices(self, mixture: float = 0.0) -> list[Voice]:
         """The policy to sample from, or its geometric mixture with that share of the reference."""
-        own = Voice(self._last_logits(None), 1 - mixture)
-        return [own, Voice(self._last_logits("reference"), mixture)] if mixture else [own]
+        both = [Voice(self._last_logits(False), 1 - mixture), Voice(self._last_logits(True), mixture)]
+        return [voice for voice in both if voice.share]
 
-    def _last_logits(self, whose: str | None) -> Any:
+    def _last_logits(self, of_reference: bool) -> Any:
         def forward(ids: Tensor, mask: Tensor, places: Tensor, cache: Any) -> Tensor:
-            model, context = (self.lm, nullcontext()) if whose is None else self.as_reference()
-            self._mode(model)
+            model, context = self.as_reference() if of_reference else (self.lm, nullcontext())
             with context, self._autocast(), float32_head(self._bare(model)):
                 out = model(
                     input_ids=ids,
@@ -312,8 +299,8 @@ class Actor:
     # ------------------------------------------------------------ keeping
 
     def state(self) -> dict[str, Tensor]:
-        """All weights that a run changes, for a checkpoint."""
-        return {name: tensor.detach().clone() for name, tensor in self._changing()}
+        """All weights that a run changes, for a checkpoint; copies in the CPU's memory, of which there is more."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._changing()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
@@ -321,12 +308,10 @@ class Actor:
                 tensor.copy_(state[name])
 
     def _changing(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.lm.named_parameters():
-            if parameter.requires_grad or "lora_" in name:
-                yield f"policy.{name}", parameter
-        for lead, module in (("head", self.head), ("trunk", self.trunk), ("reference", self.reference)):
-            if module is not None:
-                yield from ((f"{lead}.{name}", parameter) for name, parameter in module.named_parameters())
+        for lead, module in (("policy", self.lm), ("head", self.head), ("trunk", self.trunk), ("reference", self.reference)):
+            for name, parameter in module.named_parameters() if module is not None else ():
+                if parameter.requires_grad or (self._moves and (lead == "reference" or f".{REFERENCE}." in name)):
+                    yield f"{lead}.{name}", parameter
 
     def save(self, folder: Path, model: str, merge: bool) -> None:
         """Write the policy: whole, or its adapter alone.
@@ -345,6 +330,29 @@ class Actor:
             for path in folder.glob("adapter_*"):
                 path.unlink()
             merged.save_pretrained(folder)
+
+
+def _keep_trained(model: Any) -> None:
+    """peft takes whatever is not active for frozen."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(f".{REFERENCE}." not in name)
+
+
+def _both_factors(model: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The factors of the reference's adapter, where there is one, each with the policy's."""
+    own = dict(model.named_parameters())
+    return ((own[name], own[name.replace(f".{REFERENCE}.", f".{POLICY}.")]) for name in own if f".{REFERENCE}." in name)
+
+
+def _checkpoint(model: nn.Module | None) -> None:
+    """Keep no states within layers for the gradient, but compute them again.
+
+    transformers' own way wants a model in training mode, which would bring dropout back.
+    """
+    for layer in model.modules() if model is not None else ():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def _trunk(model: Any) -> Any:

@@ -97,11 +97,10 @@ class TransformersSampler:
     def _draw(
         self, ids: Tensor, mask: Tensor, places: Tensor, caches: Sequence[Any], temperature: float, chances: Tensor
     ) -> Tensor:
-        voices = zip(self.voices, caches, strict=True)
-        logits = [(voice.share, voice.forward(ids, mask, places, cache).float() / temperature) for voice, cache in voices]
-        mixed = (
-            logits[0][1] if len(logits) == 1 else torch.stack([share * each.log_softmax(-1) for share, each in logits]).sum(0)
-        )
+        mixed = torch.zeros((), device=self._device)
+        for voice, cache in zip(self.voices, caches, strict=True):
+            logits = voice.forward(ids, mask, places, cache).float() / temperature
+            mixed = mixed + voice.share * logits.log_softmax(-1)
         return drawn(mixed.softmax(-1), chances)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from rlaif.data import ASSISTANT, as_messages, as_text, kind_of, read_rows, split_response
 from rlaif.engines.chat import Chat
+from rlaif.pairs import texts
 from rlaif.records import Message, Request, Row, RowError, UsageError
 from rlaif.rl.config import Rollouts
 from rlaif.train.data import BadRow, Rows, guarded
@@ -44,19 +45,20 @@ def _read(config: Rollouts, source: str, limit: int | None) -> Rows:
 
 
 def _with_prompt(config: Rollouts, row: Row, where: str) -> Row:
-    prompt = row["prompt"] if "prompt" in row else split_response(row.get("chosen"), None)[0]
-    if prompt is None:
+    if "prompt" not in row and "chosen" not in row:
         raise UsageError(f"{where}: no column 'prompt'; there are: {', '.join(row)}")
+    given = "prompt" in row
+    prompt = row["prompt"] if given else split_response(row["chosen"], None)[0]
+    column, expected = ("prompt", "text or messages") if given else ("chosen", "a dialogue ending with an assistant turn")
     text = as_text(prompt)
     if text is None:
-        raise BadRow(f"{where}: column 'prompt': expected text or messages, got {kind_of(prompt)}")
+        raise BadRow(f"{where}: column '{column}': expected {expected}, got {kind_of(row[column])}")
     if not text.strip():
-        raise BadRow(f"{where}: column 'prompt' is empty")
-    whole_dialogue = "prompt" not in row
-    if isinstance(prompt, str) and (config.form == "conversational" or (whole_dialogue and config.form == "auto")):
-        prompt = as_messages(prompt.removesuffix(ASSISTANT))
-    elif config.form == "plain":
-        prompt = text
+        raise BadRow(f"{where}: column '{column}' {'is' if given else 'has a prompt that is'} empty")
+    if config.form == "conversational" or (config.form == "auto" and not (given and isinstance(prompt, str))):
+        prompt = as_messages(prompt.removesuffix(ASSISTANT) if isinstance(prompt, str) else prompt)
+    elif not (given and isinstance(prompt, str)):
+        prompt = texts(prompt, False)["prompt"]
     return {**row, "prompt": prompt}
 
 
@@ -67,19 +69,19 @@ def fitting(found: Rows, config: Rollouts, tokenizer: Any) -> Rows:
     """
     most, encode = config.max_length - config.max_new_tokens, Encoder(tokenizer)
 
-    def fits(row: Row) -> bool:
+    def problem(row: Row) -> str | None:
         try:
-            return len(encode(row["prompt"])) <= most
+            return f"over {most} tokens" if len(encode(row["prompt"])) > most else None
         except RowError:
-            return False
+            return "with a control token"
 
-    kept = [row for row in found.rows if fits(row)]
+    problems = [problem(row) for row in found.rows]
+    kept = [row for row, wrong in zip(found.rows, problems, strict=True) if not wrong]
+    dropped = Counter(wrong for wrong in problems if wrong)
     if not kept:
-        raise UsageError(
-            f"{found.source}: no prompt of {len(found.rows)} has at most max_length − max_new_tokens, {most} tokens"
-        )
-    left = replace(found, rows=kept)
-    left.dropped[f"over {most} tokens"] += len(found.rows) - len(kept)
+        why = ", ".join(f"{count} {wrong}" for wrong, count in dropped.items())
+        raise UsageError(f"{found.source}: no prompt that leaves room for max_new_tokens in max_length: {why}")
+    left = replace(found, rows=kept, dropped=found.dropped + dropped)
     safe = guarded(replace(left, rows=[{"prompt": row["prompt"]} for row in kept]), tokenizer).rows
     return replace(left, rows=[{**row, **own} for row, own in zip(kept, safe, strict=True)])
 
@@ -92,7 +94,7 @@ class Encoder:
         self._chat = Chat(tokenizer, str(tokenizer.name_or_path))
 
     def __call__(self, prompt: Any) -> list[int]:
-        """Raises: UsageError for messages where there is no chat template; RowError for a control token that cannot be broken."""
+        """Raises: UsageError for messages without a chat template; RowError for a control token that cannot be broken."""
         if not isinstance(prompt, list):
             return list(self._tokenizer(prompt.encode("utf-8", "replace").decode())["input_ids"])
         if not self._tokenizer.chat_template:

@@ -176,6 +176,7 @@ def _start(**settings: Any) -> Any:
     """vLLM in this process, for only there can weights be handed over in memory: some seconds."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each weight that it converts
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the training's too
     from vllm import LLM
     from vllm.platforms import current_platform
 

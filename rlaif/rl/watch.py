@@ -89,7 +89,7 @@ def _kl(most: float | None, lines: Lines) -> str | None:
 
 def _length(factor: float | None, lines: Lines) -> str | None:
     series = _series(lines, "length") if factor is not None else []
-    if factor is None or len(series) < STRETCH:
+    if factor is None or not series:
         return None
     first, last = (fmean(length for _, length in some) for some in (series[:STRETCH], series[-STRETCH:]))
     if first / factor <= last <= first * factor:

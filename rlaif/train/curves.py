@@ -240,7 +240,7 @@ def _frontier(points: Sequence[Point], held_out: Sequence[Point]) -> Figure:
         steps = [step for step, _, _ in points]
         late = [0.15 + 0.85 * (step - steps[0]) / max(1, steps[-1] - steps[0]) for step in steps]
         axes.scatter(
-            [max(0.0, kl) for _, kl, _ in points],
+            [kl for _, kl, _ in points],
             [reward for _, _, reward in points],
             s=11,
             color=[to_rgba(BLUE, share) for share in late],
@@ -249,7 +249,7 @@ def _frontier(points: Sequence[Point], held_out: Sequence[Point]) -> Figure:
         axes.plot([], [], "o", color=BLUE, markersize=4, label=names[0])
         if held_out:
             axes.plot(
-                [max(0.0, kl) for _, kl, _ in held_out],
+                [kl for _, kl, _ in held_out],
                 [reward for _, _, reward in held_out],
                 "o--",
                 color=ORANGE,

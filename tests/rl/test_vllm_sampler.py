@@ -130,6 +130,7 @@ LENGTH = 12
 QUESTIONS = ["Name three colours.", "Here is a list. " + "apple, pear, plum, " * 60 + "and that is all. Who wrote Hamlet?"]
 """The second fills more than one block of vLLM's cache of prefixes, which holds whole blocks only: 128 tokens on a CPU."""
 
+CLOSE, FAR = 0.05, 0.5  # nats; vLLM's attention in fp32 is .02 off on a CPU
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs real vLLM: make .venv-vllm/ready")
 
 
@@ -176,15 +177,17 @@ def end(source: str) -> int:
     return int(AutoConfig.from_pretrained(source).eos_token_id)
 
 
-def greedy(model: Any, prompts: list[list[int]], end: int) -> list[list[int]]:
-    made = []
-    for ids in prompts:
-        row = torch.tensor([ids])
-        out = model.generate(
-            input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=LENGTH, do_sample=False, eos_token_id=end
-        )
-        made.append(out[0, len(ids) :].tolist())
-    return made
+def short_of_best(model: Any, prompts: list[list[int]], responses: list[list[int]]) -> float:
+    """The most that a token of the responses is less probable, by transformers, than the best one there; in nats.
+
+    Greedy responses of two programs need not be equal: rounding tips close draws, and all that follows is another text.
+    """
+    gaps = []
+    for ids, response in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids + response])).logits[0, len(ids) - 1 : -1].double()
+        gaps.append((logits.max(-1).values - logits.gather(-1, torch.tensor(response)[:, None])[:, 0]).max().item())
+    return max(gaps)
 
 
 def drawn(sampler: VllmSampler, prompts: list[list[int]], end: int) -> list[list[int]]:
@@ -202,18 +205,17 @@ def shaken(model: Any, part: str, by: float) -> None:
 
 @pytest.mark.vllm
 @needs_vllm
-@pytest.mark.parametrize(("part", "by"), [("down_proj", 0.15), ("q_proj", 0.5), ("norm", 0.1), ("embed_tokens", 0.3)])
+@pytest.mark.parametrize(("part", "by"), [("down_proj", 0.15), ("q_proj", 0.5), ("norm", 0.4), ("embed_tokens", 0.3)])
 def test_changed_weights_are_drawn_by(
     sampler: VllmSampler, policy: Any, prompts: list[list[int]], end: int, part: str, by: float
 ) -> None:
     sampler.sync(policy)
-    unchanged = greedy(policy, prompts, end)
-    assert drawn(sampler, prompts, end) == unchanged
+    unchanged = drawn(sampler, prompts, end)
+    assert short_of_best(policy, prompts, unchanged) < CLOSE
     shaken(policy, part, by)
     sampler.sync(policy)  # the same prompts: what vLLM has cached of them is of the old weights
-    changed = greedy(policy, prompts, end)
-    assert changed != unchanged
-    assert drawn(sampler, prompts, end) == changed
+    assert short_of_best(policy, prompts, drawn(sampler, prompts, end)) < CLOSE
+    assert short_of_best(policy, prompts, unchanged) > FAR
 
 
 @pytest.mark.vllm
@@ -224,22 +226,20 @@ def test_an_adapted_policy_is_drawn_from_and_stays_as_it_is(
     sampler.sync(policy)
     whole = drawn(sampler, prompts, end)
     model = adapted(policy, target_modules=ATTENTION)
-    shaken(model, "lora_B", 1.0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_" in name:
+            if "lora_B" in name:
                 weight.mul_(0.4)
-    expected = greedy(model, prompts, end)
     before = state(model)
     sampler.sync(model)
     assert same(state(model), before)
     found = drawn(sampler, prompts, end)
-    assert found == expected
-    assert found != whole
+    assert short_of_best(model, prompts, found) < CLOSE
+    assert short_of_best(model, prompts, whole) > FAR
     model.set_adapter("value")
-    assert greedy(model, prompts, end) != expected, "the second adapter would show"
+    assert short_of_best(model, prompts, found) > FAR, "the second adapter would show"
     sampler.sync(model)
-    assert drawn(sampler, prompts, end) == expected
+    assert drawn(sampler, prompts, end) == found
     model.set_adapter("default")
     ids = torch.tensor([prompts[0]])
     model(input_ids=ids, labels=ids).loss.backward()  # vLLM leaves learning as it was

@@ -155,6 +155,8 @@ def test_signs_must_come_in_a_row() -> None:
 def test_the_reward_is_that_of_the_whole_stretch_between_evaluations() -> None:
     lines = run(30, reward=lambda step: 9.0 if step in (10, 20) else step, held_out=lambda step: -step)
     assert (stop(lines, held_out=1) or (0,))[0] == 20  # the steps of the evaluations alone are level
+    lines = run(30, reward=lambda step: 100 if step == 20 else 0, held_out=lambda step: -step)
+    assert (stop(lines, held_out=1) or (0,))[0] == 20  # but they count
     lines = run(30, reward=lambda step: 100 if step <= 10 else step, held_out=lambda step: -step)
     assert (stop(lines, held_out=1) or (0,))[0] == 30
 
