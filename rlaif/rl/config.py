@@ -254,6 +254,8 @@ class Ppo(Rollouts):
             raise ValueError("value_from: a head that is shared with the policy begins from the policy")
         if self.algorithm == "trpo" and self.value == "shared":
             raise ValueError("value: trpo steps the policy alone: separate")
+        if self.algorithm == "trpo" and (self.ptx or self.entropy):
+            raise ValueError("ptx, entropy: trpo has no place for them")
         return self
 
     @property
@@ -298,4 +300,8 @@ class Online(Rollouts):
             raise ValueError("rollouts: two to a prompt")
         if self.loss == "nash_md" and self.updates != 1:
             raise ValueError("updates: nash_md takes one")
+        if self.mixture and self.generator == "vllm":
+            raise ValueError("mixture: goes with generator transformers alone")
+        if self.judge and self.stop_when.held_out:
+            raise ValueError("stop_when held_out: needs a reward, and a judge of pairs gives none that could rise")
         return self

@@ -111,8 +111,10 @@ class World:
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over processes."""
-        found: Tensor = self._accelerator.reduce(values, "sum") if self.size > 1 else values
-        return found
+        if self.size == 1:
+            return values
+        found: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
+        return found.to(values.device)  # NCCL adds up what is on GPUs alone
 
     def same(self, value: Any) -> Any:
         """What the main process has."""
@@ -195,6 +197,7 @@ class Loop(ABC):
         self.samples = watch.Samples(self.out / "samples.jsonl")
         self.waiting: Rolled | None = None
         self.unlogged: list[dict[str, float]] = []
+        self.untold: dict[str, float] | None = None  # figures of a step that is made, but not evaluated yet
         self.history: list[dict[str, Any]] = []  # the lines of metrics.jsonl
 
     # ------------------------------------------------------------ what differs
@@ -244,7 +247,7 @@ class Loop(ABC):
             self.accelerator.init_trackers("rlaif", config={})
         recorder.on_train_begin(None, self._told(), None)
         try:
-            while self.step < self.steps and not self.stopped:
+            while (self.untold or self.step < self.steps) and not self.stopped:
                 try:
                     self._one_step(recorder)
                 except RlaifError:
@@ -265,6 +268,14 @@ class Loop(ABC):
         return self.step
 
     def _one_step(self, recorder: Recorder) -> None:
+        if self.untold is None:  # else the run ended while a judge was evaluating, and goes on with that
+            self.untold = self._made()
+        self._tell(self.untold, recorder)
+        if self.step % self._save_steps == 0 and self.step < self.steps:
+            self._save()
+
+    def _made(self) -> dict[str, float]:
+        """Make a step; its figures."""
         clock, busy = Clock(), self.judge.busy()
         rolled = self.waiting or self.roll(self.step, clock)
         self.waiting = rolled  # until it is learnt from: a run that ends here goes on with it
@@ -284,12 +295,12 @@ class Loop(ABC):
         if self.config.reference_update and self.step % self.config.reference_steps == 0:
             self.actor.move_reference(self.config.reference_update)
         figures |= {"learning_rate": rate, **clock.figures(self.judge.busy() - busy)}
-        self._tell(samples, figures, recorder)
-        if self.step % self._save_steps == 0 and self.step < self.steps:
-            self._save()
+        self._show(samples)
+        return figures
 
     def _nothing(self, samples: list[Sample]) -> None:
-        """No response of the step has a score: there is nothing to learn."""
+        """No response of the step has a score: there is nothing to learn. Should it stay so, a run goes on from here."""
+        self._save()
         self.silent += 1
         if self.silent == SILENT:
             error = next((s.scored.error for s in samples if s.scored and s.scored.error), None)
@@ -363,18 +374,23 @@ class Loop(ABC):
 
     def judged(self, rolled: Rolled, clock: Clock) -> list[Sample]:
         """Wait for the judge. Raises: what ended it, in all processes."""
-        problem = None
         with clock.on("waiting"):
-            try:
-                found = [scored for future in rolled.judged for scored in future.result()]
-            except RlaifError as error:
-                problem = error
-            first = next((p for p in self.world.all([problem and str(problem)]) if p), None)
-        if first:
-            raise problem or RlaifError(first)
+            found = self._results(rolled.judged)
         for sample, scored in zip(rolled.samples, found, strict=True):
             sample.scored = scored
         return rolled.samples
+
+    def _results(self, futures: Sequence[Future[list[Any]]]) -> list[Any]:
+        """All that a judge says. Raises: what ended it in any process, in all of them."""
+        found, problem = [], None
+        try:
+            found = [scored for future in futures for scored in future.result()]
+        except RlaifError as error:
+            problem = error
+        first = next((p for p in self.world.all([problem and str(problem)]) if p), None)
+        if first:
+            raise problem or RlaifError(first)
+        return found
 
     # ------------------------------------------------------------ learning
 
@@ -448,13 +464,16 @@ class Loop(ABC):
         spreads = [one.spread for one in scored if one.spread is not None]
         return figures | ({"reward/spread": fmean(spreads)} if spreads else {})
 
-    def _tell(self, samples: list[Sample], figures: dict[str, float], recorder: Recorder) -> None:
-        self.unlogged.append(figures)
-        if self.part.held and (self.step % self._eval_steps == 0 or self.step == self.steps):
-            figures |= self._held_out()
+    def _show(self, samples: list[Sample]) -> None:
         shown = self.step % self.config.sample_steps == 0 or self.step in (1, self.steps)
         if self.world.main and shown:
             self.samples.append(self.step, (sample.line() for sample in samples[: self.config.samples_shown]))
+
+    def _tell(self, figures: dict[str, float], recorder: Recorder) -> None:
+        if self.part.held and (self.step % self._eval_steps == 0 or self.step == self.steps):
+            figures |= self._held_out()
+        self.unlogged.append(figures)
+        self.untold = None
         if self.step % self.config.log_steps == 0 or self.step == self.steps or "held_out/length" in figures:
             merged = _merged(self.unlogged)
             self.unlogged.clear()
@@ -483,7 +502,7 @@ class Loop(ABC):
         found = {"held_out/length": fmean(self.world.all([len(s.response) for s in mine]))}
         for name, judge in (("eval_reward", self.judge), ("held_out/reward", self.rival_judge)):
             if judge and self._can_rate(judge):
-                scored = judge.submit([s.row for s in mine], [s.text for s in mine]).result()
+                scored = self._results([judge.submit([s.row for s in mine], [s.text for s in mine])])
                 values = self.world.all([one.value for one in scored])
                 known = [value for value in values if value is not None]
                 found |= {name: fmean(known)} if known else {}
@@ -497,7 +516,9 @@ class Loop(ABC):
     # ------------------------------------------------------------ keeping
 
     def _save(self) -> None:
-        """Write a checkpoint of the steps made, unless there is one."""
+        """Write a checkpoint of the steps made, unless there is one; none while the judge is silent, which may be its fault."""
+        if self.silent:
+            return
         target, responses = self.folder / f"checkpoint-{self.step}", self._kept()
         if self.world.main and newest(self.folder) != target:
             shutil.rmtree(target, ignore_errors=True)
@@ -505,11 +526,11 @@ class Loop(ABC):
             state = {
                 "step": self.step,
                 "stopped": self.stopped,
-                "silent": self.silent,
                 "weights": self.actor.state(),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
                 "unlogged": self.unlogged,
+                "untold": self.untold,
                 "extra": self.extra_state(),
                 "responses": responses,
             }
@@ -532,8 +553,8 @@ class Loop(ABC):
         self.accelerator.wait_for_everyone()
         if found is None:
             return
-        state = torch.load(found / STATE, map_location=self.accelerator.device, weights_only=True)
-        self.step, self.stopped, self.silent = state["step"], state["stopped"], state["silent"]
+        state = torch.load(found / STATE, map_location="cpu", weights_only=True)
+        self.step, self.stopped, self.untold = state["step"], state["stopped"], state["untold"]
         assert self.step == step_of(found)
         self.actor.load_state(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -553,7 +574,7 @@ class Loop(ABC):
             row = rows[dealt[number // self.a_prompt]]
             sample = Sample(number, row, self.encode(row["prompt"]), response, self._decoded(response).strip(), False)
             sample.ended = response[-1] in self.ends
-            sample.logprobs, sample.reference, sample.values = (f.cpu() for f in figures)
+            sample.logprobs, sample.reference, sample.values = figures
             samples.append(sample)
         size = -(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt
         return Rolled(self.step, samples, [self.submit(some) for some in _chunks(samples, size)])

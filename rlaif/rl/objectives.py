@@ -85,16 +85,19 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
 
 
 def pairwise_surrogate(logprobs: Tensor, old: Tensor, scores: Tensor, clip: float) -> Tensor:
-    """P3O's loss for each pair (arXiv 2310.00212, §4): responses 2i and 2i + 1 answer one prompt.
+    """Pairwise PPO's loss for each pair (after arXiv 2310.00212): responses 2i and 2i + 1 answer one prompt.
 
     logprobs, old, scores: (B), of whole responses; scores with the KL's penalty taken off. With Δ = (r₁ − r₂)/2 and the ratio
-    ρ of π(y₁)/π(y₂) to what it was, the loss is the greater one of −ρ·Δ and −clip(ρ)·Δ; its gradient at ρ = 1 is that of
-    −Δ·(log π(y₁) − log π(y₂)), so whatever a prompt adds to both scores has no part in it.
+    ρ of π(y₁)/π(y₂) to what it was, the loss is the greater one of −ρ·Δ and −clip(ρ)·Δ, as a mean over both orders of the
+    pair. Its gradient at ρ = 1 is that of −Δ·(log π(y₁) − log π(y₂)): what a prompt adds to both scores has no part in it.
     """
-    log_ratio = logprobs - old
-    ratio = (log_ratio[0::2] - log_ratio[1::2]).exp()
-    difference = (scores[0::2] - scores[1::2]) / 2
-    return torch.maximum(-ratio * difference, -ratio.clamp(1 - clip, 1 + clip) * difference)
+    log_ratio, difference = logprobs - old, (scores[0::2] - scores[1::2]) / 2
+    losses = []
+    for sign in (1, -1):
+        ratio = (sign * (log_ratio[0::2] - log_ratio[1::2])).exp()
+        gain = sign * difference
+        losses.append(torch.maximum(-ratio * gain, -ratio.clamp(1 - clip, 1 + clip) * gain))
+    return (losses[0] + losses[1]) / 2
 
 
 def adapted(beta: float, kl: float, target: float, horizon: int, responses: int) -> float:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlaif.label.pairwise import sigmoid
+from rlaif.records import Row
 from rlaif.rl import objectives
 from rlaif.rl.config import Online, Verdict
 from rlaif.rl.generate import Sampler
@@ -36,7 +37,7 @@ HARD = ("hinge", "apo_zero", "apo_down")
 def read(config: Online) -> tuple[Rows, Rows | None]:
     """The prompts. Raises: UsageError, for what is wrong with judges and rewards too."""
     train, held = read_prompts(config)
-    check(_terms(config), {**train.rows[0], RIVAL: "another response"})
+    check(_terms(config), {**train.rows[0], RIVAL: _as_answer("another response")})
     check(config.held_out, (held or train).rows[0])
     return train, held
 
@@ -47,11 +48,21 @@ def trainer(part: Part) -> Any:
 
 
 def _terms(config: Online) -> tuple[Any, ...]:
-    return (Verdict(kind="pairwise", labeler=config.judge, against=RIVAL),) if config.judge else config.reward
+    return (Verdict(name="judge", kind="pairwise", labeler=config.judge, against=RIVAL),) if config.judge else config.reward
+
+
+def _as_answer(text: str) -> list[Row]:
+    """A response as a message: of a text that looks like a whole dialogue the judge would be shown the last turn alone."""
+    return [{"role": "assistant", "content": text}]
 
 
 class OnlineLoop(Loop):
-    """Two responses to a prompt, 2i and 2i + 1; a pair that could not be judged, or is one text twice, is left out."""
+    """Two responses to a prompt, 2i and 2i + 1; a pair that could not be judged is left out.
+
+    Nobody is asked which of two identical responses is better. Preference losses learn nothing from them: they are left out
+    too. For Nash-MD P(y beats y) is ½ (arXiv 2312.00886, §3), and they stay: without them the weight of the KL would fall with
+    a response's probability, and a policy that has collapsed would never be held back.
+    """
 
     def __init__(self, part: Part) -> None:
         super().__init__(part, mixture=part.config.mixture)
@@ -83,9 +94,10 @@ class OnlineLoop(Loop):
             return super().submit(samples)
         pairs = list(zip(samples[0::2], samples[1::2], strict=True))
         asked = [(a, b) for a, b in pairs if a.text != b.text]
-        inner = self.judge.submit([{**a.row, RIVAL: b.text} for a, b in asked], [a.text for a, _ in asked])
+        inner = self.judge.submit([{**a.row, RIVAL: _as_answer(b.text)} for a, b in asked], [a.text for a, _ in asked])
+        alike = TIE if self.config.loss == "nash_md" else IDENTICAL
         outer: Future[list[Any]] = Future()
-        inner.add_done_callback(partial(_pass_on, outer, [a.text != b.text for a, b in pairs]))
+        inner.add_done_callback(partial(_pass_on, outer, [None if a.text != b.text else alike for a, b in pairs]))
         return outer
 
     def _can_rate(self, judge: Background) -> bool:
@@ -122,12 +134,18 @@ class OnlineLoop(Loop):
         found = []
         for number, first in by_number.items():
             second = by_number.get(number + 1)
-            if number % 2 or second is None or first.text == second.text:
+            if number % 2 or second is None:
                 continue
-            p = (first.score + 1) / 2 if self.config.judge else sigmoid(first.score - second.score)
-            if self.config.loss not in HARD or abs(p - 0.5) > 1e-9:
+            p = self._first_wins(first, second)
+            learns = first.text != second.text or self.config.loss == "nash_md"
+            if learns and (self.config.loss not in HARD or abs(p - 0.5) > 1e-9):
                 found.append((first, second, p))
         return found
+
+    def _first_wins(self, first: Sample, second: Sample) -> float:
+        if first.text == second.text:
+            return 0.5
+        return (first.score + 1) / 2 if self.config.judge else sigmoid(first.score - second.score)
 
     def _gradients(self, pairs: Sequence[tuple[Sample, Sample, float]], count: int, sums: Sums) -> None:
         """This process's part of a minibatch of so many pairs in all processes."""
@@ -153,16 +171,17 @@ class OnlineLoop(Loop):
         return losses.sum()
 
 
-def _pass_on(outer: Future[list[Any]], asked: Sequence[bool], inner: Future[list[Scored]]) -> None:
-    """The verdicts on the pairs that were asked about, for both of each pair."""
+def _pass_on(outer: Future[list[Any]], told: Sequence[Scored | None], inner: Future[list[Scored]]) -> None:
+    """The verdicts for both of each pair; `told`: of each pair, what stands in for the verdict of a judge, or None."""
     try:
         scored = iter(inner.result())
-        outer.set_result([one for given in asked for one in (_both(next(scored)) if given else [IDENTICAL, IDENTICAL])])
+        outer.set_result([one for known in told for one in ([known, known] if known else _both(next(scored)))])
     except BaseException as error:
         outer.set_exception(error)
 
 
 IDENTICAL = Scored(None, {}, None, "the two responses are identical")
+TIE = Scored(0.0, {}, None, None)
 
 
 def _both(first: Scored) -> list[Scored]:

@@ -133,7 +133,9 @@ class PpoLoop(Loop):
         for piece in self.pieces(samples, self.group):
             batch = self.batch(piece)
             if self.algorithm == "p3o":
-                torch.autograd.backward(self._pairwise_loss(piece, batch, sums) / units)
+                loss = self._pairwise_loss(piece, batch, sums) / units
+                torch.autograd.backward(loss)
+                sums["loss/policy"] += float(loss.detach()) * tokens
                 continue
             if self.algorithm != "trpo":
                 torch.autograd.backward(self._policy_loss(piece, batch, sums) / tokens)
@@ -227,7 +229,6 @@ class PpoLoop(Loop):
         old = self.stacked(samples, lambda s: s.logprobs)
         scores = torch.stack([self.advantages[sample.number] for sample in samples])
         losses = objectives.pairwise_surrogate(logprobs.sum(1), old.sum(1), scores, self.config.clip)
-        sums["loss/policy"] += float(losses.detach().mean()) * float(batch.response.sum())
         sums["kl/update"] += float((objectives.kl_estimate(old, logprobs.detach(), "k3") * batch.response).sum())
         return losses.sum()
 

@@ -203,7 +203,9 @@ def test_pairwise_surrogate_clips_the_pairs_ratio() -> None:
         first, second = 2 * i, 2 * i + 1
         ratio = (math.exp(new[first]) / math.exp(new[second])) * (math.exp(old[second]) / math.exp(old[first]))
         half = (scores[first] - scores[second]) / 2
-        wanted.append(-min(ratio * half, min(max(ratio, 0.8), 1.2) * half))
+        given = -min(ratio * half, min(max(ratio, 0.8), 1.2) * half)
+        swapped = -min(-half / ratio, -half * min(max(1 / ratio, 0.8), 1.2))
+        wanted.append((given + swapped) / 2)
     same(o.pairwise_surrogate(tensor(new), tensor(old), tensor(scores), 0.2), wanted)
 
 

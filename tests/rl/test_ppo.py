@@ -23,6 +23,9 @@ CLASSES = """
 def worth(prompts, responses):
     return [2.0 * (len(r) == 1 and r.isupper()) + 1.0 * (len(r) == 1 and r.isdigit()) for r in responses]
 
+def ascii(prompts, responses):
+    return [2.0 * r[:1].isascii() for r in responses]
+
 def vowels(prompts, responses):
     return [10 * sum(c in "aeiou" for c in r) / max(len(r), 1) for r in responses]
 """
@@ -32,17 +35,17 @@ Settings = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    """Those of a run on a tiny model; `reward` names one of the functions above."""
+    """Those of a run on a tiny model; `by` names one of the functions above."""
     save_tiny(tmp_path / "tiny")
     (tmp_path / "rewards.py").write_text(CLASSES)
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"Question {n}?"} for n in range(12)])
 
-    def made(reward: str = "vowels", **changes: Any) -> dict[str, Any]:
+    def made(by: str = "vowels", **changes: Any) -> dict[str, Any]:
         return {
             "model": str(tmp_path / "tiny"),
             "data": str(tmp_path / "prompts.jsonl"),
             "out": str(tmp_path / "out"),
-            "reward": [{"kind": "function", "function": f"{tmp_path / 'rewards.py'}:{reward}"}],
+            "reward": [{"kind": "function", "function": f"{tmp_path / 'rewards.py'}:{by}"}],
             "rollouts": 16,
             "max_new_tokens": 6,
             "max_length": 64,
@@ -68,9 +71,9 @@ def trained(settings: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [
-        ({"algorithm": "ppo", "updates": 2, "max_steps": 40}, 0.04),
+        ({"algorithm": "ppo", "updates": 2, "max_steps": 40}, 0.06),
         ({"algorithm": "reinforce", "max_steps": 60}, 0.04),
-        ({"algorithm": "p3o", "updates": 2, "max_steps": 40}, 0.05),
+        ({"algorithm": "p3o", "updates": 2, "max_steps": 40}, 0.06),
         ({"algorithm": "trpo", "step_kl": 0.05, "max_steps": 20}, 0.1),
     ],
     ids=lambda value: value["algorithm"] if isinstance(value, dict) else "",
@@ -136,16 +139,15 @@ def test_a_step_does_not_depend_on_how_it_is_taken_apart(settings: Settings, tmp
 @pytest.mark.parametrize("value", ["separate", "shared"])
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_values_come_to_explain_the_returns(value: str, lora: dict[str, int] | None, settings: Settings) -> None:
-    own = {
-        "max_steps": 12,
-        "value": value,
-        "lora": lora,
-        "value_learning_rate": 1e-2,
-        "value_clip": None,
-        "learning_rate": 1e-3,
-    }
-    found = trained(settings(rollouts=32, batch_size=32, **own))
-    assert found[0]["loss/value"] > 0
+    """The first character, an ASCII one or not, settles the reward; the policy nearly stays as it is."""
+    rates = (
+        {"learning_rate": 1e-9, "value_learning_rate": 3e-3}
+        if value == "separate"
+        else {"value_weight": 100.0, "learning_rate": 3e-3 if lora else 5e-4}
+    )
+    own = {"value": value, "lora": lora, "value_clip": None, "updates": 6, "beta": 0.0, **rates}
+    found = trained(settings("ascii", rollouts=64, batch_size=64, max_steps=15, **own))
+    assert found[0]["value/explained"] == pytest.approx(0, abs=0.01)
     assert sum(line["value/explained"] for line in found[-4:]) / 4 > 0.1
 
 
@@ -168,18 +170,13 @@ def test_the_other_surrogate_keeps_to_its_step(settings: Settings) -> None:
 
 
 def test_an_entropy_bonus_keeps_the_policy_open(settings: Settings, tmp_path: Path) -> None:
-    ends = [
-        trained(settings(entropy=entropy, max_steps=8, out=str(tmp_path / str(entropy))))[-1]["entropy"]
-        for entropy in (0.0, 0.5)
-    ]
+    ends = [trained(settings(entropy=one, max_steps=8, out=str(tmp_path / str(one))))[-1]["entropy"] for one in (0.0, 0.5)]
     assert ends[1] > ends[0] + 0.3
 
 
-@pytest.mark.parametrize(
-    "rows", [[{"text": "xyz" * 8}], [{"prompt": "Say it.", "completion": "xyz" * 8}]], ids=["text", "answer"]
-)
-def test_pretraining_rows_are_kept_in_mind(rows: list[dict[str, str]], settings: Settings, tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "pretraining.jsonl", rows)
+@pytest.mark.parametrize("row", [{"text": "xyz" * 8}, {"prompt": "Say it.", "completion": "xyz" * 8}], ids=["text", "answer"])
+def test_pretraining_rows_are_kept_in_mind(row: dict[str, str], settings: Settings, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "pretraining.jsonl", [row])
     ptx = {"data": str(tmp_path / "pretraining.jsonl"), "coefficient": 1.0, "batch_size": 2}
     found = trained(settings(ptx=ptx, max_steps=6))
     assert found[-1]["loss/ptx"] < 0.6 * found[0]["loss/ptx"]
@@ -222,6 +219,7 @@ def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
         ({"algorithm": "p3o", "samples": 3, "rollouts": 15}, "two by two"),
         ({"algorithm": "reinforce", "updates": 2}, "takes one"),
         ({"algorithm": "trpo", "value": "shared"}, "separate"),
+        ({"algorithm": "trpo", "entropy": 0.1}, "no place"),
         ({"trainer": {"loss_type": "dr_grpo"}}, "rloo and grpo"),
         ({"max_new_tokens": 64}, "max_length"),
         ({"stages": [{"beta": 1}]}, "none"),

@@ -148,7 +148,10 @@ def test_prompts_that_leave_no_room_for_a_response_are_left_out_and_counted() ->
         fitting(rows(USER), config(max_length=whole + 13), tokenizer)
 
 
-@given(st.text(st.sampled_from(["<|end|>", "<|turn|>", "<|pad|>", "<|", "turn|>", "assistant: ", "\n", "a"]), max_size=8))
+pieces = st.sampled_from(["<|end|>", "<|turn|>", "<|pad|>", "<|", "turn|>", "assistant: ", "\n", "a"])
+
+
+@given(st.lists(pieces, max_size=8).map("".join))
 def test_no_message_ends_its_own_turn(content: str) -> None:
     tokenizer = tiny_tokenizer()
     prompt = [{"role": "user", "content": "x" + content}]

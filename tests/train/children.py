@@ -25,6 +25,7 @@ CHILDREN.set_forkserver_preload(
     [
         *("peft", "sklearn.metrics", "scipy.stats", "matplotlib.backends.backend_agg", "matplotlib.figure"),
         *("rlaif.train.reward", "rlaif.train.sft", "rlaif.train.preference", "rlaif.train.held_out", "rlaif.report.plots"),
+        *("rlaif.rl.ppo", "rlaif.rl.online"),
     ]
 )
 KILLED = -signal.SIGKILL
