@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo bench-train clean
+.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo bench-train bench-ppo clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -78,9 +78,27 @@ proof-dpo: setup
 	$(ANSWER) -o $(OUT)/after-dpo.jsonl --engine transformers --model $(OUT)/dpo/model
 	$(ANSWER) -o $(OUT)/after-apo-zero.jsonl --engine transformers --model $(OUT)/apo-zero/model
 
+# PPO on the embedded model with LoRA: itself as the judge (direct RLAIF), and the reward model that `make proof-reward` left.
+# Prompts are first turns of red-teaming dialogues. Two runs of a quarter of an hour.
+RL = --set data=$(OUT)/first-turns.jsonl --set eval_share=0.1 --set eval_steps=15 --set max_steps=60 --set rollouts=16 \
+	--set generate_batch=16 --set max_new_tokens=48 --set max_length=256 --set batch_size=4 --set accumulate=2 --set updates=2 \
+	--set dtype=bf16 --set lora.r=16 --set learning_rate=1e-4 --set value_learning_rate=1e-4 --set form=conversational \
+	--set sample_steps=20
+proof-ppo: setup
+	mkdir -p $(OUT)
+	$(BIN)/python -c '$(FIRST_TURNS)' ../shared/data/hh_harmless_half.jsonl.gz > $(OUT)/first-turns.jsonl
+	$(BIN)/rlaif train ppo d-rlaif $(RL) --set algorithm=ppo --set missing_eos_penalty=0 --set out=$(OUT)/ppo-judge
+	$(BIN)/rlaif train ppo ppo $(RL) --set 'reward=[{kind: model, model: $(OUT)/reward-hh/model}]' --set out=$(OUT)/ppo-reward
+	$(BIN)/rlaif report $(OUT)/ppo-judge -o $(OUT)/ppo-judge.html
+	$(BIN)/rlaif report $(OUT)/ppo-reward -o $(OUT)/ppo-reward.html
+
 # Step times of our trainers against TRL's own, as ratios: ten minutes on an idle machine.
 bench-train: setup
 	$(BIN)/python benchmarks/train_step.py --json benchmarks/train_step.json
+
+# A PPO step against the sum of its parts, and what a slow judge costs it: five minutes on an idle machine.
+bench-ppo: setup
+	$(BIN)/python benchmarks/ppo_step.py --json benchmarks/ppo_step.json
 
 setup: $(VENV)/ready
 

@@ -53,7 +53,7 @@ def singles(count: int, labelled: bool) -> list[Row]:
 
 
 def ours(kind: str, config: Training, rows: list[Row], folder: Path) -> Any:
-    module = import_module(f"rlaif.train.{MODULES[kind]}")
+    module = import_module(MODULES[kind])
     tokenizer = load_tokenizer(config)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -94,11 +94,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, options in {
         "fair": {"k": 1.0},
         "partial": {"k": 1.0, "bias": 2.0},
-        "failing": {"k": 1.0, "garbage": 0.4},
+        "failing": {"k": 1.0, "garbage": 0.15},
         "dumb": {"garbage": 1.0},
     }.items():
         (place / f"{name}.yaml").write_text(yaml.safe_dump({"engine": "mock", "options": options}))
     return place
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than the runs."""
+    monkeypatch.setattr("rlaif.train.curves.write_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -164,9 +170,9 @@ def sigmoid(x: float) -> float:
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "hinge", "apo_zero", "nash_md"])
 def test_a_planted_preference_climbs(loss: str, settings: Settings) -> None:
-    lines = trained(settings("bytes", "vowels", loss=loss, max_steps=14, learning_rate=3e-3, rollouts=32, batch_size=32))
+    lines = trained(settings("bytes", "vowels", loss=loss, max_steps=30, learning_rate=3e-3, beta=0.05, max_new_tokens=4))
     rewards = [line["reward"] for line in lines]
-    assert sum(rewards[-3:]) > 2 * sum(rewards[:3])
+    assert sum(rewards[-5:]) > 4 * sum(rewards[:5])
 
 
 def test_online_dpo_on_soft_labels_finds_the_best_policy(settings: Settings, place: Path) -> None:
@@ -293,15 +299,15 @@ def test_what_cannot_be_judged_is_left_out_and_counted(by: str, settings: Settin
     for a, b in zip(shown[0::2], shown[1::2], strict=True):
         if a["response"] != b["response"] and a["reward"] is not None and b["reward"] is not None:
             expected.append((a["reward"] + 1) / 2 if by == "failing" else sigmoid(a["reward"] - b["reward"]))
-            assert by != "failing" or a["reward"] == -b["reward"]
+            assert by != "failing" or (a["reward"], a["terms"]) == (-b["reward"], {"judge": -b["terms"]["judge"]})
     assert sorted(learnt) == pytest.approx(sorted(expected), abs=1e-6)
     failed = [row for row in shown if row["reward"] is None]
     assert all(row["error"] for row in failed)
     assert (line["failed"], line["pairs"], line["asked"]) == (len(failed), len(expected), 64)
     assert bool(failed) == (by != "worth")
     assert 0 < len(expected) < 32
+    assert not (by == "failing" and all("identical" in row["error"] or "empty" in row["error"] for row in failed))
     assert line["confidence"] == pytest.approx(sum(abs(2 * p - 1) for p in expected) / len(expected))
-    assert ("the judge's answer" in str(failed) or "no verdict" in str(failed) or "failed" in str(failed)) or by != "failing"
 
 
 def test_a_judge_that_never_answers_ends_the_run(settings: Settings) -> None:
@@ -325,11 +331,10 @@ def test_ties_teach_losses_that_take_a_side_nothing(loss: str, settings: Setting
 
 
 def test_a_step_of_hard_losses_is_of_the_side_that_is_preferred(settings: Settings, place: Path) -> None:
-    told = settings(loss="apo_zero", max_steps=15, beta=0.5)
+    told = settings(loss="apo_zero", max_steps=50, beta=0.5)
     trained(told)
-    before, after = chances(place / "letters"), chances(Path(told["out"], "model"))
-    assert after[0] > 2 * before[0]  # a is the best
-    assert after[2] < before[2]  # c is worse than most
+    assert chances(place / "letters")[0] < 0.2
+    assert chances(Path(told["out"], "model"))[0] > 0.9  # a, the best
 
 
 # ---------------------------------------------------------------- who draws what
@@ -377,24 +382,46 @@ def test_bpo_holds_the_policy_to_the_one_that_draws(
     every: int, lora: Any, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gaps = []
-    own = Loop._tell
+    own = Loop._show
 
-    def noting(self: Any, samples: list[Sample], *rest: Any) -> None:
+    def noting(self: Any, samples: list[Sample]) -> None:
         with torch.no_grad():
             batch = self.batch(samples)
             gaps.append(float((self.actor.logprobs(batch) - self.actor.reference_logprobs(batch)).abs().max()))
-        own(self, samples, *rest)
+        own(self, samples)
 
-    monkeypatch.setattr(Loop, "_tell", noting)
+    monkeypatch.setattr(Loop, "_show", noting)
     lines = trained(settings(lora=lora, reference_update=1, reference_steps=every, max_steps=4))
-    assert [gap == 0 for gap in gaps] == [step % every == 0 for step in (1, 2, 3, 4)]
-    assert [line["kl"] == 0 for line in lines] == [step % every == 0 for step in (0, 1, 2, 3)]
+    assert [gap < 1e-5 for gap in gaps] == [step % every == 0 for step in (1, 2, 3, 4)]
+    assert [abs(line["kl"]) < 1e-5 for line in lines] == [step % every == 0 for step in (0, 1, 2, 3)]
 
 
 def test_several_updates_go_on_with_the_same_responses(settings: Settings) -> None:
     once, thrice = (trained({**settings(updates=n, max_steps=1), "out": f"{settings()['out']}-{n}"}) for n in (1, 3))
     assert thrice[0]["loss/policy"] < once[0]["loss/policy"]
     assert thrice[0]["pairs"] == once[0]["pairs"]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "nash_md"])
+def test_a_minibatch_in_pieces_has_the_mean_gradient_of_its_pairs(
+    loss: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    own = OnlineLoop._gradients
+
+    def comparing(self: Any, pairs: Any, count: int, sums: Any) -> None:
+        parameters = self.actor.policy_parameters
+        wanted = torch.autograd.grad(self._loss(pairs, defaultdict(float)) / len(pairs), parameters)
+        own(self, pairs, count, sums)
+        seen.append(len(pairs))
+        assert max(float(w.abs().max()) for w in wanted) > 1e-3
+        for parameter, gradient in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+    monkeypatch.setattr(OnlineLoop, "_gradients", comparing)
+    (line,) = trained(settings(loss=loss, max_steps=1, batch_size=4, accumulate=5))
+    assert sum(seen) == line["pairs"]
+    assert set(seen[:-1]) == {10}
 
 
 # ---------------------------------------------------------------- settings
@@ -482,6 +509,7 @@ def test_two_processes_learn_what_one_does(loss: str, settings: Settings, tmp_pa
         assert code == 0, said
     assert wait()[0] == 0
     for a, b in zip(untimed(one, "metrics.jsonl"), untimed(two, "metrics.jsonl"), strict=True):
+        assert a.pop("part") == b.pop("part")
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 

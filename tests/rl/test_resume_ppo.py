@@ -48,14 +48,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "online": ("online", {"judge": "judge.yaml", "reward": None, "ahead": 1, "updates": 1}),
 }
 
-LEARN = "rlaif.rl.loop.Loop._made"
-"""Called for each step."""
+STEP, UPDATE = "rlaif.rl.loop.Loop.judged", "rlaif.rl.loop.Loop.update"
+"""Called for each step, when its responses are drawn; and twice or more in each, for each minibatch that is learnt from."""
 
 MOMENTS = (
     Death("rlaif.rl.loop.Loop._save"),
     Death("torch.save"),
     Death("torch.save", after=True),
-    Death("rlaif.train.checkpoints.seal"),
+    Death("rlaif.rl.loop.seal"),
     Death("rlaif.rl.loop.seal", after=True),
 )
 """In the order of time, while a checkpoint is written; it is complete after the last of them."""
@@ -110,7 +110,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     for a, b in zip(found, wanted, strict=True):
         assert a.read_bytes() == b.read_bytes()
     assert metrics(one) == metrics(other)
-    assert [Path(run["out"], "samples.jsonl").read_text() for run in (one, other)].count(samples(one)) == 2
+    assert samples(one) == samples(other)
     reports = [json.loads(Path(run["out"], "run.json").read_text()) for run in (one, other)]
     assert len({json.dumps([part["steps"] for part in report["parts"]]) for report in reports}) == 1
 
@@ -132,7 +132,8 @@ def checkpoints(run: dict[str, Any]) -> Path:
 def test_killed_twice_and_resumed_it_is_the_same_run(case: str, settings: Settings) -> None:
     seed = int.from_bytes(os.urandom(4))
     draw = random.Random(seed)
-    deaths = Death(LEARN, draw.randint(1, STEPS)), draw.choice(MOMENTS)
+    in_a_step = draw.choice((Death(STEP, draw.randint(1, STEPS)), Death(UPDATE, draw.randint(1, 2 * STEPS - 2), after=True)))
+    deaths = in_a_step, draw.choice(MOMENTS)
     print(f"seed {seed}: {deaths}")
     alone = left_alone(settings, case)
     kind, killed = settings(case, "killed")
@@ -140,5 +141,67 @@ def test_killed_twice_and_resumed_it_is_the_same_run(case: str, settings: Settin
         code, said = train(kind, killed, resume=number > 0, death=death)
         assert code == KILLED, said
     code, said = train(kind, killed, resume=True)
+    assert code == 0, said
+    assert_same(killed, alone())
+
+
+@pytest.mark.parametrize("moment", range(len(MOMENTS)))
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(moment: int, settings: Settings) -> None:
+    death = MOMENTS[moment]
+    kind, run = settings("p3o", f"moment {moment}", save_steps=1)
+    code, said = train(kind, run, death=Death(death.where, 4, death.after))
+    assert code == KILLED, said
+    complete = [path.name for path in in_order(checkpoints(run)) if is_complete(path)]
+    sealed = death == MOMENTS[-1]
+    assert complete == [f"checkpoint-{n}" for n in ([2, 3, 4] if sealed else [2, 3])]
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["truncated", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(missing: bool, settings: Settings) -> None:
+    alone = left_alone(settings, "ppo, ahead")
+    kind, damaged = settings("ppo, ahead", f"damaged {missing}")
+    assert train(kind, damaged, death=Death(STEP, STEPS))[0] == KILLED
+    found = newest(checkpoints(damaged))
+    assert found
+    assert found.name == "checkpoint-4"
+    state = found / "state.pt"
+    content = state.read_bytes()
+    state.unlink()
+    if not missing:
+        state.write_bytes(content[:-100])
+    code, said = train(kind, damaged, resume=True)
+    assert code == 0, said
+    assert_same(damaged, alone())
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_end_finishes_the_step_and_writes_a_checkpoint(by: signal.Signals, settings: Settings) -> None:
+    alone = left_alone(settings, "ppo, ahead")
+    kind, stopped = settings("ppo, ahead", f"told to end by {by}")
+    code, said = train(kind, stopped, death=Death(STEP, 3, by=by))
+    assert code == 1
+    assert said.endswith(f"{stopped['out']}: stopped at step 3; --resume goes on from there\n")
+    found = newest(checkpoints(stopped))
+    assert found
+    assert found.name == "checkpoint-3"
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3]
+    assert train(kind, stopped, resume=True)[0] == 0
+    assert_same(stopped, alone())
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        Death("rlaif.rl.loop.Loop.save_model"),
+        Death("rlaif.rl.loop.put_in_place", after=True),
+        Death("rlaif.train.run.put_in_place"),
+    ],
+    ids=["model to be written", "model written", "model complete"],
+)
+def test_killed_after_the_last_step_nothing_is_trained_again(death: Death, settings: Settings) -> None:
+    alone = left_alone(settings, "ppo, ahead")
+    kind, killed = settings("ppo, ahead", f"{death}")
+    assert train(kind, killed, death=death)[0] == KILLED
+    code, said = train(kind, killed, resume=True, death=Death("rlaif.rl.loop.Loop.roll"))  # which would kill it
     assert code == 0, said
     assert_same(killed, alone())

@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlaif.labeler import load_labeler
 from rlaif.records import UsageError
+from rlaif.rl.config import Online
 from rlaif.train.config import LOSSES, Lora, Preference, Reward, Sft, Training
 from rlaif.train.kinds import load_config
 from rlaif.yamlfile import named, shipped
@@ -64,6 +65,13 @@ def test_the_configs_mean_what_their_names_say() -> None:
     first, second = rewards["reward-pretrained"].each_stage()
     assert (first.loss, first.labels, second.loss, second.labels) == ("binary", "hard", "pairwise", "soft")
     assert len(loaded["sdpo"].each_stage()) == 3
+    online = {name: config for name, config in loaded.items() if isinstance(config, Online)}
+    assert {name: (config.loss, config.mixture > 0, config.reference_update) for name, config in online.items()} == {
+        "online-dpo": ("dpo", False, None),
+        "ipo-md": ("ipo", True, None),
+        "nash-md": ("nash_md", True, None),
+        "bpo": ("dpo", False, 1.0),
+    }
 
 
 def command_of(name: str) -> str:
