@@ -4,9 +4,8 @@
 
 The parts, on the very prompts, seeds and responses of each step: generation, the passes that score what was drawn
 (log-probabilities of policy and reference, values), and in each pass over the responses forward and backward of policy and
-value network. Bare loops over the same networks, without judge, credit, optimizer, figures and files. The judge is a function that
-sleeps `--latency` seconds for each response, all of a batch at once; what is hidden is the share of it by which a step is not
-longer than one with a judge that answers at once.
+value network. Bare loops over the same networks, without judge, credit, optimizer, figures and files. The judge is a function
+that sleeps `--latency` seconds for each batch of responses; what is hidden is the share of that for which a step does not wait.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class RewardEngine(Batching[_Job]):
         self._encoders = [encoder(tokenizer) for tokenizer in tokenizers]
         self._pads = [tokenizer.pad_token_id for tokenizer in tokenizers]
         models = [
-            [_load(path, len(folder.heads), pad, kind, trust_remote_code).to(place).eval() for path in folder.models]
+            [load_reward_model(path, len(folder.heads), pad, kind, trust_remote_code).to(place) for path in folder.models]
             for folder, pad in zip(folders, self._pads, strict=True)
         ]
         super().__init__(place, models)
@@ -97,7 +97,7 @@ class RewardEngine(Batching[_Job]):
         return [Completion(json.dumps(own), prompt_tokens=len(job.ids)) for job, own in zip(batch, scores, strict=True)]
 
 
-def _load(path: Path, heads: int, pad: int, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def load_reward_model(path: Path, heads: int, pad: int, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """A model whose scores are those of the last token that is no padding, as in training."""
     source, settings = str(path), dict[str, Any]()
     adapter = path / "adapter_config.json"
@@ -124,6 +124,7 @@ def _load(path: Path, heads: int, pad: int, dtype: torch.dtype, trust_remote_cod
     if model.config.num_labels != heads:
         raise FatalError(f"{path}: the model has {model.config.num_labels} heads, not {heads}")
     model.config.get_text_config().pad_token_id = pad
+    model.eval()
     return model if dtype == torch.float32 else _with_exact_head(model)
 
 

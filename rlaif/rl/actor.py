@@ -75,7 +75,7 @@ class Actor:
         self._remote, self._moves = config.trust_remote_code, config.reference_update is not None
         self._dtype = torch.bfloat16 if bf16 and part.peft else torch.float32
         torch.manual_seed(part.seed)  # adapters and heads begin at random
-        self.lm = self._load(part.model, eager=getattr(config, "algorithm", "") == "trpo")
+        self.lm = self._load(part.model)
         self.adapted = part.peft is not None
         if self.adapted:
             self.lm = self._with_adapters(part, [VALUE] * (with_value and self._shares(config)) + [REFERENCE] * self._moves)
@@ -93,9 +93,8 @@ class Actor:
 
     # ------------------------------------------------------------ making
 
-    def _load(self, name: str, eager: bool = False) -> Any:
-        more = {"attn_implementation": "eager"} if eager else {}  # others cannot be differentiated twice
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=self._dtype, trust_remote_code=self._remote, **more)
+    def _load(self, name: str) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=self._dtype, trust_remote_code=self._remote)
         return model.to(self.device).eval()  # no dropout: ratios compare the same network
 
     def _with_adapters(self, part: Part, others: Sequence[str]) -> Any:
@@ -114,8 +113,6 @@ class Actor:
         """A model of its own; None where it is the policy's own weights, without or with another adapter."""
         if not config.reference:
             return None if self.adapted else copy.deepcopy(self.lm).requires_grad_(False)
-        if self._moves and self.adapted:
-            raise UsageError("reference: with LoRA, a reference that moves is the model that the policy begins from")
         path = model_path(config.reference)
         self._check_vocabulary("reference", path, part)
         model = self._load(path).requires_grad_(False)
@@ -148,7 +145,7 @@ class Actor:
 
         Of several heads it is their mean, of an ensemble its first member.
         """
-        from rlaif.engines.reward import _load as load_reward_model
+        from rlaif.engines.reward import load_reward_model
         from rlaif.reward import read_folder
 
         found = read_folder(Path(folder))

@@ -173,6 +173,8 @@ class Rollouts(Training):
             raise ValueError("held_out: needs prompts that are not trained on: eval or eval_share")
         if self.stop_when.held_out and not self.held_out:
             raise ValueError("stop_when held_out: needs a second judge, held_out")
+        if self.reference and self.reference_update and self.lora:
+            raise ValueError("reference: with LoRA, a reference that moves is the model that the policy begins from")
         if self.lora and self.lora.dropout:
             raise ValueError("lora.dropout: policies are optimised without dropout")
         return self

@@ -410,11 +410,15 @@ class Loop(ABC):
             yield [sample for unit in some for sample in unit]
 
     def update(self) -> float:
-        """Take a step of the optimizer with the gradients of all processes added up; their norm before it was clipped."""
+        """Take a step of the optimizer with the gradients of all processes added up; their norm before it was clipped.
+
+        A gradient that is not finite is passed over: it would spoil the weights. Its norm shows in the metrics.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        self.optimizer.step()
+        if torch.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

@@ -45,7 +45,7 @@ def trainer(part: Part) -> Any:
 
 
 def finish(run: Run, out: Path) -> dict[str, Any]:
-    """`algorithm`; `stopped`, why the run ended before its last step, or None; `reward`, its terms; `judged`, what they took."""
+    """`algorithm`; `stopped`, why the run ended early, or None; `reward`, its terms; `judged`, what they took."""
     facts = json.loads((run.out / "parts" / "train" / "facts.json").read_text(encoding="utf-8"))
     return {"algorithm": getattr(run.config, "algorithm", run.kind), **facts}
 

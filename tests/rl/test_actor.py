@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def test_the_same_model_as_reference_is_rounded_as_the_policy_is(place: Path) ->
 
 
 def test_models_that_do_not_go_together_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="reference: with LoRA, a reference that moves is the model that the policy begins"):
+    with pytest.raises(ValueError, match="reference: with LoRA, a reference that moves is the model that the policy begins"):
         actor(place, lora=LORA, reference=str(place / "other"), reference_update=0.1)
     strange = tiny_tokenizer()
     strange.add_tokens(["strange"])
@@ -619,39 +619,3 @@ def test_an_adapter_saved_alone_is_the_policys(place: Path, tmp_path: Path) -> N
     assert len(saved) == len(networks.policy_parameters)
     close(plain(PeftModel.from_pretrained(loaded(place / "tiny"), str(tmp_path / "model")).eval()), plain(networks.lm))
     close(plain(loaded(tmp_path / "model")), plain(networks.lm))  # transformers finds the base by itself
-
-
-# ---------------------------------------------------------------- second derivatives
-
-
-@pytest.mark.parametrize("lora", LORAS)
-def test_trpos_policy_can_be_differentiated_twice(place: Path, lora: Any) -> None:
-    """The Hessian of the KL at the policy itself, along a direction, is that of finite differences of its gradient."""
-    networks = actor(place, algorithm="trpo", lora=lora, with_value=True)
-    stir(networks.policy_parameters)
-    assert networks.lm.config._attn_implementation == "eager"
-    assert actor(place).lm.config._attn_implementation != "eager"
-    parameters = networks.policy_parameters
-    before = networks.forward(batch())[0].log_softmax(-1).detach()
-
-    def slope(create_graph: bool) -> Sequence[Tensor]:
-        now = networks.forward(batch())[0].log_softmax(-1)
-        kl = ((before.exp() * (before - now)).sum(-1) * batch().response).sum()
-        return torch.autograd.grad(kl, parameters, create_graph=create_graph)
-
-    generator = torch.Generator().manual_seed(0)
-    direction = [torch.randn(p.shape, generator=generator) for p in parameters]
-
-    def along(some: Sequence[Tensor]) -> Tensor:
-        return torch.stack([(a * b).sum() for a, b in zip(some, direction, strict=True)]).sum()
-
-    product = torch.autograd.grad(along(slope(True)), parameters)
-    curvature = along(product)
-    step = 1e-3
-    found = []
-    for sign in (1, -2):
-        for parameter, own in zip(parameters, direction, strict=True):
-            parameter.data += sign * step * own
-        found.append(along(slope(False)))
-    assert curvature > 0
-    assert ((found[0] - found[1]) / (2 * step)).item() == pytest.approx(curvature.item(), rel=0.05)
