@@ -278,9 +278,6 @@ class Ppo(Rollouts):
         return 1 if self.algorithm in ("reinforce", "trpo") else self.updates
 
 
-ONLINE_LOSSES = ("dpo", "ipo", "hinge", "apo_zero", "apo_down", "nash_md")
-
-
 class Online(Rollouts):
     """Online preference learning: two responses to each prompt are drawn, judged, and learnt from.
 

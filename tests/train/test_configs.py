@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlaif.labeler import load_labeler
 from rlaif.records import UsageError
-from rlaif.rl.config import Online
+from rlaif.rl.config import Online, Ppo, Rollouts, StopWhen
 from rlaif.train.config import LOSSES, Lora, Preference, Reward, Sft, Training
 from rlaif.train.kinds import load_config
 from rlaif.yamlfile import named, shipped
@@ -21,7 +21,9 @@ from tests.conftest import cli, write_jsonl
 
 CONFIGS = sorted(shipped("pipelines/train").glob("*.yaml"))
 LAUNCHES = sorted(shipped("pipelines/accelerate").glob("*.yaml"))
-GUIDE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+GUIDE = (DOCS / "training.md").read_text(encoding="utf-8")
+REINFORCEMENT = (DOCS / "reinforcement.md").read_text(encoding="utf-8")
 
 
 def command(path: Path) -> tuple[str, str]:
@@ -115,9 +117,9 @@ def test_the_launch_files_are_those_of_the_guide() -> None:
 # ------------------------------------------------------------ the guide
 
 
-def table_rows(heading: str) -> dict[str, list[str]]:
-    """The rows of the table under a heading of the guide, by their first cell's code."""
-    text = GUIDE.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
+def table_rows(heading: str, guide: str = GUIDE) -> dict[str, list[str]]:
+    """The rows of the tables under a heading of a guide, by their first cell's code."""
+    text = guide.partition(f"\n{heading}\n")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in text.split("\n") if line.startswith("| `")]
     return {row[0].strip("`"): row for row in rows}
 
@@ -130,12 +132,15 @@ def table_rows(heading: str) -> dict[str, list[str]]:
         ("## Reward models", Reward, Training, ""),
         ("## Preference losses", Preference, Training, ""),
         ("## LoRA", Lora, None, "lora."),
+        ("## Settings of both", Rollouts, Training, ""),
+        ("## PPO and its kin", Ppo, Rollouts, ""),
+        ("## Online preference learning", Online, Rollouts, ""),
     ],
 )
 def test_the_guide_has_every_setting_with_its_default(heading: str, model: Any, base: Any, lead: str) -> None:
     inherited = base.model_fields if base else {}
     own = {name: field for name, field in model.model_fields.items() if repr(field) != repr(inherited.get(name))}
-    rows = table_rows(heading)
+    rows = table_rows(heading, REINFORCEMENT if issubclass(model, Rollouts) else GUIDE)
     for name, field in own.items():
         if name not in ("data", "eval") or model is Training:  # of which reward models may have several
             assert rows[lead + name][1].strip("`") == shown(field), f"{name}: the guide says {rows[lead + name][1]}"
@@ -146,7 +151,7 @@ def shown(field: Any) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is None or value in ((), {}, ""):
+    if value is None or value in ((), {}, "", StopWhen()):
         return "–"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -154,3 +159,11 @@ def shown(field: Any) -> str:
 def test_the_guide_has_every_loss() -> None:
     told = {name for row in table_rows("## Preference losses") for name in row.split("`, `")}
     assert set(LOSSES) <= told
+
+
+def test_the_guide_has_every_algorithm_and_rule() -> None:
+    told = table_rows("## PPO and its kin", REINFORCEMENT)
+    assert set(get_args(Ppo.model_fields["algorithm"].annotation)) <= told.keys()
+    assert all(f"`{loss}`" in REINFORCEMENT for loss in get_args(Online.model_fields["loss"].annotation))
+    assert {name.partition(":")[0] for name in table_rows("## Over-optimisation", REINFORCEMENT)} >= set(StopWhen.model_fields)
+    assert all(f"kind: {kind}" in REINFORCEMENT for kind in ("model", "rating", "pairwise", "ensemble", "length", "format"))
