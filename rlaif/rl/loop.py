@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,6 +186,8 @@ class Loop(ABC):
         self.mixer = TransformersSampler(self.actor.voices(mixture), self.actor.pad, self.accelerator.device)
         self.rewards = self._rewards(self._terms, "judge")
         self.judge = Background(self.rewards)
+        # A judge that computes on the same cores would slow both down.
+        self.in_turns = self.rewards.in_process and self.accelerator.device.type == "cpu"
         self.rival_judge = Background(self._rewards(config.held_out, "held-out-judge")) if config.held_out else None
         self.prompts_a_step = config.rollouts // self.a_prompt
         through = config.epochs * len(part.train.rows)
@@ -329,6 +331,9 @@ class Loop(ABC):
             with clock.on("generation"):
                 self._draw(some, step)
             rolled.judged.append(self.submit(some))
+            if self.in_turns:
+                with clock.on("waiting"):
+                    wait(rolled.judged)
         with clock.on("scoring"):
             self._measure(mine)
         return rolled
