@@ -79,15 +79,15 @@ proof-dpo: setup
 	$(ANSWER) -o $(OUT)/after-apo-zero.jsonl --engine transformers --model $(OUT)/apo-zero/model
 
 # PPO on the embedded model with LoRA: itself as the judge (direct RLAIF), and the reward model that `make proof-reward` left.
-# Prompts are first turns of red-teaming dialogues. Two runs of a quarter of an hour.
-RL = --set data=$(OUT)/first-turns.jsonl --set eval_share=0.1 --set eval_steps=15 --set max_steps=60 --set rollouts=16 \
-	--set generate_batch=16 --set max_new_tokens=48 --set max_length=256 --set batch_size=4 --set accumulate=2 --set updates=2 \
-	--set dtype=bf16 --set lora.r=16 --set learning_rate=1e-4 --set value_learning_rate=1e-4 --set form=conversational \
-	--set sample_steps=20
+# Prompts are first turns of red-teaming dialogues. Two runs of a quarter of an hour on an idle machine.
+RL = --set data=$(OUT)/first-turns.jsonl --set eval_share=0.1 --set eval_steps=25 --set max_steps=50 --set rollouts=12 \
+	--set generate_batch=12 --set max_new_tokens=40 --set max_length=160 --set batch_size=6 --set accumulate=1 --set updates=1 \
+	--set dtype=bf16 --set lora.r=16 --set learning_rate=2e-4 --set value_learning_rate=2e-4 --set form=conversational \
+	--set sample_steps=24 --set missing_eos_penalty=0
 proof-ppo: setup
 	mkdir -p $(OUT)
 	$(BIN)/python -c '$(FIRST_TURNS)' ../shared/data/hh_harmless_half.jsonl.gz > $(OUT)/first-turns.jsonl
-	$(BIN)/rlaif train ppo d-rlaif $(RL) --set algorithm=ppo --set missing_eos_penalty=0 --set out=$(OUT)/ppo-judge
+	$(BIN)/rlaif train ppo d-rlaif $(RL) --set algorithm=ppo --set out=$(OUT)/ppo-judge
 	$(BIN)/rlaif train ppo ppo $(RL) --set 'reward=[{kind: model, model: $(OUT)/reward-hh/model}]' --set out=$(OUT)/ppo-reward
 	$(BIN)/rlaif report $(OUT)/ppo-judge -o $(OUT)/ppo-judge.html
 	$(BIN)/rlaif report $(OUT)/ppo-reward -o $(OUT)/ppo-reward.html

@@ -24,8 +24,8 @@ import torch
 
 from rlaif.records import digest
 from rlaif.rl.config import Ppo
-from rlaif.rl.loop import Clock, Rolled, Sample
 from rlaif.rl.ppo import PpoLoop
+from rlaif.rl.step import Clock, Rolled, Sample
 from rlaif.train.run import run
 
 JUDGE = """

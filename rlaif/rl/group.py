@@ -161,21 +161,13 @@ class Judge:
 
     def _figures(self, responses: list[list[int]], ended: list[bool], scored: list[Scored]) -> dict[str, float]:
         """TRL takes the mean over processes: so that of what is counted is told as many times as there are such."""
-        scores = [one.value for one in scored if one.value is not None]
+        judged = watch.judgement(scored)
+        if "reward" in judged:
+            judged["judged"] = judged.pop("reward")  # TRL has a `reward` of its own, and a deviation
+        judged.pop("reward/std", None)
         world = int(os.environ.get("WORLD_SIZE", "1"))
-        found = {
-            **watch.figures(responses),
-            "ended": fmean(ended),
-            "asked": float(len(scored) * world),
-            "failed": float((len(scored) - len(scores)) * world),
-        }
-        if scores:
-            found["judged"] = fmean(scores)
-        for name in scored[0].terms if len(scored[0].terms) > 1 else ():
-            values = [value for one in scored if (value := one.terms.get(name)) is not None]
-            found |= {f"reward/{name}": fmean(values)} if values else {}
-        spreads = [one.spread for one in scored if one.spread is not None]
-        return found | ({"reward/spread": fmean(spreads)} if spreads else {})
+        counted = {name: judged[name] * world for name in ("asked", "failed")}
+        return {**watch.figures(responses), "ended": fmean(ended), **judged, **counted}
 
     def _tell(
         self, step: int, rows: list[Row], texts: list[str], ids: list[list[int]], ended: list[bool], scored: list[Scored]

@@ -9,138 +9,34 @@ import json
 import math
 import os
 import shutil
-import time
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import get_scheduler
 
-from rlaif.records import RlaifError, Row, UsageError, digest
+from rlaif.records import RlaifError, UsageError, digest
 from rlaif.rl import watch
 from rlaif.rl.actor import Actor, Batch, collate
 from rlaif.rl.generate import Sampler, TransformersSampler
 from rlaif.rl.prompts import Encoder, deal
-from rlaif.rl.rewards import Background, Rewards, Scored
+from rlaif.rl.rewards import Background, Rewards
+from rlaif.rl.step import Clock, Rolled, Sample, World
 from rlaif.runner import StoppedError
 from rlaif.train.checkpoints import Interrupt, clear, in_order, newest, seal, step_of
 from rlaif.train.record import Recorder, lines, take_back
 from rlaif.train.run import Part, put_in_place
 
-Sums = dict[str, float]
-
 STATE = "state.pt"
 SILENT = 3
 """Steps in a row in which no response could be judged, after which a run ends."""
-
-
-@dataclass
-class Sample:
-    """A response of a step: `number` counts the step's responses over all processes.
-
-    `logprobs` of the policy that drew it, `reference` and `values`, one for each of its tokens, float32.
-    """
-
-    number: int
-    row: Row
-    prompt: list[int]
-    response: list[int]
-    text: str
-    ended: bool
-    logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
-    reference: Tensor = field(default_factory=lambda: torch.empty(0))
-    values: Tensor = field(default_factory=lambda: torch.empty(0))
-    scored: Scored | None = None
-
-    @property
-    def score(self) -> float:
-        assert self.scored
-        assert self.scored.value is not None
-        return self.scored.value
-
-    @property
-    def kl(self) -> float:
-        """log π/π_ref of the whole response, nats: an estimate of the KL."""
-        return float((self.logprobs - self.reference).sum())
-
-    def line(self) -> dict[str, Any]:
-        """As it is told in samples.jsonl."""
-        scored = self.scored or Scored(None, {}, None, None)
-        return {
-            "prompt": self.row["prompt"],
-            "response": self.text,
-            "reward": scored.value,
-            "terms": scored.terms,
-            "kl": self.kl,
-            "tokens": len(self.response),
-            "ended": self.ended,
-            "error": scored.error,
-        }
-
-
-@dataclass
-class Rolled:
-    """This process's responses of a step, and the judgement of each that is on its way."""
-
-    step: int
-    samples: list[Sample]
-    judged: list[Future[list[Any]]]
-
-
-class World:
-    """The processes of a run."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self.rank, self.size = accelerator.process_index, accelerator.num_processes
-        self.main = accelerator.is_main_process
-
-    def all(self, values: Sequence[Any]) -> list[Any]:
-        """The values of all processes, those of the first one first."""
-        return list(gather_object(list(values))) if self.size > 1 else list(values)
-
-    def total(self, values: Tensor) -> Tensor:
-        """The sum over processes."""
-        if self.size == 1:
-            return values
-        found: Tensor = self._accelerator.reduce(values.to(self._accelerator.device), "sum")
-        return found.to(values.device)  # NCCL adds up what is on GPUs alone
-
-    def same(self, value: Any) -> Any:
-        """What the main process has."""
-        return self.all([value])[0]
-
-
-class Clock:
-    """Seconds of a step by what they were spent on."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.begun = time.monotonic()
-
-    @contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        begun = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[what] += time.monotonic() - begun
-
-    def figures(self, judging: float) -> dict[str, float]:
-        """The step's seconds, and the share of each part of it."""
-        whole = time.monotonic() - self.begun
-        shares = {f"time/{what}": self.seconds[what] / whole for what in ("generation", "scoring", "training", "waiting")}
-        return {"time/step": whole, **shares, "time/judging": min(judging / whole, 1.0)}
 
 
 @dataclass
@@ -456,22 +352,13 @@ class Loop(ABC):
         """What the step's responses are like, those of all processes."""
         told = self.world.all([(s.response, s.ended, s.kl, float(-s.logprobs.sum()), s.scored) for s in samples])
         responses, ended, kl, surprise, scored = zip(*told, strict=True)
-        scores = [one.value for one in scored if one.value is not None]
-        figures = {
+        return {
             **watch.figures(responses),
+            **watch.judgement(scored),
             "ended": fmean(ended),
             "kl": fmean(kl),
             "entropy": sum(surprise) / sum(map(len, responses)),
-            "asked": len(scored),
-            "failed": len(scored) - len(scores),
         }
-        if scores:
-            figures |= {"reward": fmean(scores), "reward/std": pstdev(scores)}
-        for name in scored[0].terms if len(scored[0].terms) > 1 else ():
-            values = [one.terms[name] for one in scored if one.terms.get(name) is not None]
-            figures |= {f"reward/{name}": fmean(values)} if values else {}
-        spreads = [one.spread for one in scored if one.spread is not None]
-        return figures | ({"reward/spread": fmean(spreads)} if spreads else {})
 
     def _show(self, samples: list[Sample]) -> None:
         shown = self.step % self.config.sample_steps == 0 or self.step in (1, self.steps)

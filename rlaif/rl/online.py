@@ -17,11 +17,12 @@ from rlaif.records import Row
 from rlaif.rl import objectives
 from rlaif.rl.config import Online, Verdict
 from rlaif.rl.generate import Sampler
-from rlaif.rl.loop import Clock, Loop, Sample, Sums
+from rlaif.rl.loop import Loop
 from rlaif.rl.ppo import finish
 from rlaif.rl.prompts import fitting
 from rlaif.rl.prompts import read as read_prompts
 from rlaif.rl.rewards import Background, Scored, check
+from rlaif.rl.step import Clock, Sample, Sums
 from rlaif.train.data import Rows
 from rlaif.train.run import Part
 

@@ -16,10 +16,11 @@ from rlaif.reward import read_folder
 from rlaif.rl import objectives, trpo
 from rlaif.rl.actor import Batch, collate, entropies, token_logprobs
 from rlaif.rl.config import Ppo
-from rlaif.rl.loop import Clock, Loop, Sample, Sums
+from rlaif.rl.loop import Loop
 from rlaif.rl.prompts import Encoder, fitting
 from rlaif.rl.prompts import read as read_prompts
 from rlaif.rl.rewards import check
+from rlaif.rl.step import Clock, Sample, Sums
 from rlaif.train import data
 from rlaif.train.data import Rows, encoder
 from rlaif.train.run import Part, Run

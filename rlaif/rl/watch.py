@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
 from rlaif.rl.config import StopWhen
+from rlaif.rl.rewards import Scored
 from rlaif.train.lines import append, number, take_back
 
 Lines = Sequence[Mapping[str, Any]]
@@ -35,6 +36,21 @@ def figures(responses: Sequence[Sequence[int]]) -> dict[str, float]:
         "distinct_2": _distinct([gram for response in responses for gram in _grams(response, 2)]),
         "repetition": _mean([_repeated(_grams(response, REPEATED)) for response in responses]),
     }
+
+
+def judgement(scored: Sequence[Scored]) -> dict[str, float]:
+    """How responses were judged: `asked` and `failed`, numbers of them; of the others the mean `reward` and its deviation,
+    `reward/std`, `reward/TERM` where there are several terms, and `reward/spread`, the mean spread of ensembles' members.
+    """
+    scores = [one.value for one in scored if one.value is not None]
+    found: dict[str, float] = {"asked": len(scored), "failed": len(scored) - len(scores)}
+    if scores:
+        found |= {"reward": fmean(scores), "reward/std": pstdev(scores)}
+    for name in scored[0].terms if len(scored[0].terms) > 1 else ():
+        values = [value for one in scored if (value := one.terms.get(name)) is not None]
+        found |= {f"reward/{name}": fmean(values)} if values else {}
+    spreads = [one.spread for one in scored if one.spread is not None]
+    return found | ({"reward/spread": fmean(spreads)} if spreads else {})
 
 
 def _grams(response: Sequence[int], size: int) -> list[tuple[int, ...]]:

@@ -25,9 +25,10 @@ from rlaif.engines.mock import MockEngine
 from rlaif.records import RlaifError, Row, UsageError
 from rlaif.rl import objectives
 from rlaif.rl.config import Online
-from rlaif.rl.loop import Loop, Sample
+from rlaif.rl.loop import Loop
 from rlaif.rl.online import RIVAL, OnlineLoop, _terms
 from rlaif.rl.rewards import Background, Rewards, Scored
+from rlaif.rl.step import Sample
 from rlaif.train.run import run
 from tests.conftest import read_jsonl, write_jsonl
 from tests.engines.tiny import save_tiny
