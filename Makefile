@@ -88,7 +88,7 @@ proof-ppo: setup
 	mkdir -p $(OUT)
 	$(BIN)/python -c '$(FIRST_TURNS)' ../shared/data/hh_harmless_half.jsonl.gz > $(OUT)/first-turns.jsonl
 	$(BIN)/rlaif train ppo d-rlaif $(RL) --set algorithm=ppo --set out=$(OUT)/ppo-judge
-	$(BIN)/rlaif train ppo ppo $(RL) --set 'reward=[{kind: model, model: $(OUT)/reward-hh/model}]' --set out=$(OUT)/ppo-reward
+	$(BIN)/rlaif train ppo ppo $(RL) --set learning_rate=5e-4 --set beta=0.02 --set 'reward=[{kind: model, model: $(OUT)/reward-hh/model}]' --set out=$(OUT)/ppo-reward
 	$(BIN)/rlaif report $(OUT)/ppo-judge -o $(OUT)/ppo-judge.html
 	$(BIN)/rlaif report $(OUT)/ppo-reward -o $(OUT)/ppo-reward.html
 

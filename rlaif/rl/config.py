@@ -48,7 +48,7 @@ class Rating(_Term):
 class Verdict(_Term):
     """A labeler's P(the response is better than another one) − ½, doubled: in [−1, 1].
 
-    `against`: the column of the data that holds the other response.
+    `against`: the column of the data that holds the other response; `responses`, as `rlaif sample` writes it, will do.
     """
 
     kind: Literal["pairwise"]

@@ -204,8 +204,12 @@ def _item(row: Row, response: str, against: str | None) -> Item:
 
 
 def _other(row: Row, column: str) -> str | None:
-    """The response in a column: its text, or the last answer of messages or of a whole dialogue; None for an empty one."""
+    """The response in a column: its text, the last answer of messages or of a whole dialogue, or the first of the texts that
+    `rlaif sample` drew; None for an empty one.
+    """
     value = row.get(column)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        value = value[0]
     whole = isinstance(value, str) and is_dialogue(value)
     text = split_response(value, None if whole else row["prompt"])[1]
     return text if text and text.strip() else None

@@ -176,9 +176,10 @@ def test_swapped_responses_have_the_opposite_verdict(tmp_path: Path) -> None:
         "An answer [q=1.0]",
         [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "An answer [q=1.0]"}],
         "Human: Hi\n\nAssistant: An answer [q=1.0]",
+        ["An answer [q=1.0]", "Another one"],
     ],
 )
-def test_the_other_response_may_end_messages_or_a_dialogue(tmp_path: Path, other: Any) -> None:
+def test_the_other_response_may_stand_in_messages_dialogues_or_samples(tmp_path: Path, other: Any) -> None:
     row = {"prompt": [{"role": "user", "content": "Hi"}], "other": other}
     (found,) = score(make(tmp_path, verdict(judge(tmp_path, options={"k": 2.0}))), [row], said(0.0))
     assert values([found]) == pytest.approx([2 / (1 + math.exp(2)) - 1])
