@@ -31,7 +31,7 @@ from rlaif.rl.rewards import Background, Rewards
 from rlaif.rl.step import Clock, Rolled, Sample, World
 from rlaif.runner import StoppedError
 from rlaif.train.checkpoints import Interrupt, clear, in_order, newest, seal, step_of
-from rlaif.train.record import Recorder, lines, take_back
+from rlaif.train.record import Recorder, lines
 from rlaif.train.run import Part, put_in_place
 
 STATE = "state.pt"
@@ -137,13 +137,12 @@ class Loop(ABC):
         Raises: StoppedError where it was interrupted; RlaifError where no judge answers: both after a checkpoint.
         """
         self._resume()
+        recorder.on_train_begin(None, self._told(), None)
         if self.world.main:
-            take_back(recorder.path, self.part.name, self.step)
             self.samples.take_back(self.step)
             self.history = list(lines(recorder.path))
         if self.config.report_to:
             self.accelerator.init_trackers("rlaif", config={})
-        recorder.on_train_begin(None, self._told(), None)
         try:
             while (self.untold or self.step < self.steps) and not self.stopped:
                 try:
@@ -377,6 +376,11 @@ class Loop(ABC):
             recorder.on_log(None, self._told(), None, merged)
             if self.config.report_to:
                 self.accelerator.log(merged, step=self.step)
+        facts = self.rewards.facts()
+        if facts["cost"]:
+            recorder.tell("cost", f"${facts['cost']:.4f}")
+        if facts["failed"]:
+            recorder.tell("failed", f"{facts['failed']:,} not judged")
         recorder.on_step_end(None, self._told(), None)
         self.stopped = self.world.same(watch.reason(self.config.stop_when, self.history)) or ""
 

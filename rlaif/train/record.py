@@ -42,12 +42,16 @@ class Recorder(TrainerCallback):
         figures = {k: v for k, v in (logs or {}).items() if k not in (*SUMMARY, "epoch")}
         if not state.is_world_process_zero or not figures:
             return
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", "eval_loss", "reward", "kl"):
             if name in figures:
-                self._last[name] = f"{name.replace('_', ' ')} {figures[name]:.4f}"
+                self.tell(name, f"{name.replace('_', ' ')} {figures[name]:.4f}")
         line = {"part": self.part, "step": state.global_step, "epoch": state.epoch, **figures}
         append(self.path, line)
         self._show(state.global_step)
+
+    def tell(self, name: str, what: str) -> None:
+        """Show something beside the bar, in the place of what was shown by this name."""
+        self._last[name] = what
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
