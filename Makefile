@@ -98,7 +98,7 @@ bench-train: setup
 
 # A PPO step against the sum of its parts, and what a slow judge costs it: five minutes on an idle machine.
 bench-ppo: setup
-	$(BIN)/python benchmarks/ppo_step.py --json benchmarks/ppo_step.json
+	$(BIN)/python benchmarks/ppo_step.py --steps 2 --rollouts 8 --tokens 16 --json benchmarks/ppo_step.json
 
 setup: $(VENV)/ready
 

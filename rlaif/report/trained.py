@@ -76,8 +76,7 @@ def page(name: str, title: str | None, max_rows: int, seed: int) -> Page:
         "labels": [_labels(labeler) for labeler in run.get("labeler") or ()],
         "measured": [
             (figure, card.shown(value), bounds, n)
-            for figure, value, bounds, n in card.figures(_mapping(run.get("evaluation")))
-            if figure != "stopped"
+            for figure, value, bounds, n in card.figures(card.measured(_mapping(run.get("evaluation"))))
         ],
         "parts": run.get("parts") or [],
         "settings": list(_listed(settings, run)),

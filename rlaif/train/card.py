@@ -145,7 +145,10 @@ def kind_of(report: Mapping[str, Any]) -> str:
         )
         return f"A language model, fine-tuned {how}."
     if kind == "ppo":
-        return f"A language model, trained by reinforcement learning from AI feedback: {ALGORITHMS[settings['algorithm']]}."
+        stopped = report.get("evaluation", {}).get("stopped")
+        why = f" It was stopped early: {text(stopped)}." if stopped else ""
+        how = ALGORITHMS[settings["algorithm"]]
+        return f"A language model, trained by reinforcement learning from AI feedback: {how}.{why}"
     loss = settings["loss"]
     if kind == "online":
         return f"A language model, trained on preferences between its own responses: {LOSSES.get(loss, NASH)}."
@@ -203,10 +206,16 @@ def _settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _measured(report: Mapping[str, Any]) -> Iterator[str]:
     yield "## Measured"
-    yield from [figures_table(report["evaluation"])] if report.get("evaluation") else []
+    found = measured(report.get("evaluation") or {})
+    yield from [figures_table(found)] if found else []
     last = report.get("metrics") or {}
     yield "What the trainer logged last (`eval_`: on held-out rows):"
     yield table(("part", "figure", "value"), [(part, name, value) for part, own in last.items() for name, value in own.items()])
+
+
+def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, without what says how a run of reinforcement learning judged, and why it ended."""
+    return {name: value for name, value in evaluation.items() if name not in ("algorithm", "reward", "stopped")}
 
 
 def _use(report: Mapping[str, Any]) -> str:
