@@ -396,6 +396,7 @@ class Loop(ABC):
         """The judge's reward, and the second judge's, on prompts that are not trained on; one response to each."""
         assert self.part.held
         rows = self.part.held.rows
+        self.sampler.sync(self.actor.lm)
         mine = [Sample(n, row, [], [], "", False) for n, row in enumerate(rows) if n % self.world.size == self.world.rank]
         for some in _chunks(mine, self.config.generate_batch):
             self._fill(some, "held out", self.sampler)
