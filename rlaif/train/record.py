@@ -43,7 +43,7 @@ class Recorder(TrainerCallback):
         if not state.is_world_process_zero or not figures:
             return
         for name in ("loss", "eval_loss", "reward", "kl"):
-            if name in figures:
+            if isinstance(figures.get(name), int | float):  # TRL has none where no response could be judged
                 self.tell(name, f"{name.replace('_', ' ')} {figures[name]:.4f}")
         line = {"part": self.part, "step": state.global_step, "epoch": state.epoch, **figures}
         append(self.path, line)
