@@ -77,7 +77,7 @@ class TransformersEngine(Batching[_Job]):
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         self._chat = Chat(load_tokenizer(model, trust_remote_code), model, limit)
         self.notes = self._chat.notes
-        self._ends = _ends(self._model, self._chat.tokenizer)
+        self._ends = ends_of(self._model, self._chat.tokenizer)
         # The model's own defaults (a repetition penalty, top-k …) would change what a request asks for.
         self._model.generation_config = hf.GenerationConfig()
         self._shares = True
@@ -353,7 +353,7 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the model may name several, such as the end of a turn and that of a text."""
     own = model.generation_config.eos_token_id if model.generation_config else None
     found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}

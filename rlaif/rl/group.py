@@ -29,12 +29,14 @@ from rlaif.data import atomic
 from rlaif.records import FatalError, RlaifError, Row, UsageError
 from rlaif.rl import prompts, watch
 from rlaif.rl.config import Ppo
+from rlaif.rl.ppo import finish
 from rlaif.rl.prompts import deal, fitting
-from rlaif.rl.rewards import Background, Rewards, Scored
+from rlaif.rl.rewards import SILENT, Background, Rewards, Scored, of_run, silence
 from rlaif.rl.rewards import check as check_rewards
+from rlaif.rl.step import FACTS
 from rlaif.train.checkpoints import is_complete
 from rlaif.train.data import Rows
-from rlaif.train.run import Part, Run
+from rlaif.train.run import Part
 
 __all__ = ["finish", "fitting", "read", "trainer"]
 
@@ -50,10 +52,6 @@ KL = {"rloo": ("k1",), "grpo": ("k1", "k3")}
 
 NOT_RESUMED = ("sync_ref_model", "shuffle_dataset")
 """Fields of TRL's configs that a run which goes on from a checkpoint would not keep to."""
-
-FACTS = "facts.json"
-SILENT = 3
-"""Times in a row that no response could be judged, after which a run ends."""
 
 
 # ---------------------------------------------------------------- before a model loads
@@ -155,8 +153,7 @@ class Judge:
             raise problem or FatalError(first)  # each process, for none could go on alone
         self._silent = 0 if any(some for _, some in told) else self._silent + 1
         if self._silent >= SILENT:
-            why = next((one.error for one in scored if one.error), "the judge gave no score")
-            raise FatalError(f"no response of {SILENT} steps could be judged: {why}")
+            raise FatalError(silence(scored))
         return scored
 
     def _figures(self, responses: list[list[int]], ended: list[bool], scored: list[Scored]) -> dict[str, float]:
@@ -180,19 +177,7 @@ class Judge:
             shown = range(0, len(rows), max(1, len(rows) // self.config.samples_shown))[: self.config.samples_shown]
             self._samples.append(
                 step + 1,  # the first that learns from them
-                [
-                    {
-                        "prompt": rows[n]["prompt"],
-                        "response": texts[n],
-                        "reward": scored[n].value,
-                        "terms": dict(scored[n].terms),
-                        "kl": None,
-                        "tokens": len(ids[n]),
-                        "ended": ended[n],
-                        "error": scored[n].error,
-                    }
-                    for n in shown
-                ],
+                [watch.sample(rows[n]["prompt"], texts[n], scored[n], None, len(ids[n]), ended[n]) for n in shown],
             )
         with atomic(self.part.folder / FACTS) as temporary:
             facts = {"reward": self.rewards.settings(), "judged": self.rewards.facts()}
@@ -330,7 +315,7 @@ def trainer(part: Part) -> Any:
     adapters = part.peft
     if adapters:
         adapters.task_type = "CAUSAL_LM"
-    judge = Judge(part, _rewards(part))
+    judge = Judge(part, of_run(config.reward, config, part.folder / "judge", part.seed))
     rows = [{"prompt": row["prompt"], "row": place} for place, row in enumerate(part.train.rows)]
     made = kind(
         model=part.model,  # by its name, for the reference is loaded from there too
@@ -367,27 +352,3 @@ def _shared(config: Ppo) -> dict[str, Any]:
         "epsilon": config.clip,
         "disable_dropout": True,
     }
-
-
-def _rewards(part: Part) -> Rewards:
-    """The judge of this process; several share what it may cost."""
-    config: Ppo = part.config
-    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    return Rewards(
-        config.reward,
-        part.folder / ("judge" if world == 1 else f"judge-{rank}"),
-        tries=config.judge_tries,
-        timeout=config.judge_timeout,
-        max_cost=config.max_cost / world if config.max_cost else None,
-        device="cpu" if config.device == "cpu" else None,
-        seed=part.seed,
-    )
-
-
-# ---------------------------------------------------------------- afterwards
-
-
-def finish(run: Run, out: Path) -> dict[str, Any]:
-    """The algorithm, `reward`: how responses were judged, and `judged`: what that took since the run was last resumed."""
-    facts = json.loads((run.out / "parts" / run.parts[-1]["name"] / FACTS).read_text(encoding="utf-8"))
-    return {"algorithm": run.config.algorithm, **facts}

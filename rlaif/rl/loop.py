@@ -22,21 +22,20 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
-from rlaif.records import RlaifError, UsageError, digest
+from rlaif.engines.transformers import ends_of
+from rlaif.records import RlaifError, Row, UsageError, digest
 from rlaif.rl import watch
 from rlaif.rl.actor import Actor, Batch, collate
 from rlaif.rl.generate import Sampler, TransformersSampler
 from rlaif.rl.prompts import Encoder, deal
-from rlaif.rl.rewards import Background, Rewards
-from rlaif.rl.step import Clock, Rolled, Sample, World
+from rlaif.rl.rewards import SILENT, Background, of_run, silence
+from rlaif.rl.step import FACTS, Clock, Rolled, Sample, World
 from rlaif.runner import StoppedError
 from rlaif.train.checkpoints import Interrupt, clear, in_order, newest, seal, step_of
 from rlaif.train.record import Recorder, lines
 from rlaif.train.run import Part, put_in_place
 
 STATE = "state.pt"
-SILENT = 3
-"""Steps in a row in which no response could be judged, after which a run ends."""
 
 
 @dataclass
@@ -66,13 +65,11 @@ class Loop(ABC):
         self.out, self.folder = Path(config.out), part.folder / "checkpoints"
         self.actor = Actor(part, self.accelerator.device, bf16, with_value)
         self.encode = Encoder(part.tokenizer)
-        self.ends = _ends(self.actor.lm, part.tokenizer)
+        self.ends = ends_of(self.actor.lm, part.tokenizer)
         self.sampler: Sampler = TransformersSampler(self.actor.voices(), self.actor.pad, self.accelerator.device)
         if config.generator == "vllm":
             from rlaif.rl.vllm import VllmSampler
 
-            if self.world.size > 1 or mixture:
-                raise UsageError("generator: vllm goes with one process and without a mixture")
             self.sampler = VllmSampler(
                 part.model,
                 dtype="bf16" if bf16 else "fp32",
@@ -80,11 +77,12 @@ class Loop(ABC):
                 trust_remote_code=config.trust_remote_code,
             )
         self.mixer = TransformersSampler(self.actor.voices(mixture), self.actor.pad, self.accelerator.device)
-        self.rewards = self._rewards(self._terms, "judge")
+        self.rewards = of_run(self._terms, config, part.folder / "judge", part.seed)
         self.judge = Background(self.rewards)
         # A judge that computes on the same cores would slow both down.
         self.in_turns = self.rewards.in_process and self.accelerator.device.type == "cpu"
-        self.rival_judge = Background(self._rewards(config.held_out, "held-out-judge")) if config.held_out else None
+        rival = of_run(config.held_out, config, part.folder / "held-out-judge", part.seed) if config.held_out else None
+        self.rival_judge = Background(rival) if rival else None
         self.prompts_a_step = config.rollouts // self.a_prompt
         through = config.epochs * len(part.train.rows)
         self.steps = config.max_steps or max(1, math.ceil(through / self.prompts_a_step))
@@ -200,8 +198,7 @@ class Loop(ABC):
         self._save()
         self.silent += 1
         if self.silent == SILENT:
-            error = next((s.scored.error for s in samples if s.scored and s.scored.error), None)
-            raise RlaifError(f"no response of {SILENT} steps could be judged: {error or 'the judge gave no score'}")
+            raise RlaifError(silence([sample.scored for sample in samples if sample.scored]))
 
     @property
     def _save_steps(self) -> int:
@@ -212,17 +209,14 @@ class Loop(ABC):
     def roll(self, step: int, clock: Clock) -> Rolled:
         """Draw this process's responses of a step, each batch of them to the judge as soon as it is there."""
         self.sampler.sync(self.actor.lm)
-        rows = self.part.train.rows
-        dealt = deal(len(rows), step * self.prompts_a_step, self.prompts_a_step, self.part.seed)
         mine = [
-            Sample(place * self.a_prompt + n, rows[row], [], [], "", False)
-            for place, row in enumerate(dealt)
+            Sample(place * self.a_prompt + n, row, [], [], "", False)
+            for place, row in enumerate(self._dealt(step))
             if place % self.world.size == self.world.rank
             for n in range(self.a_prompt)
         ]
         rolled = Rolled(step, mine, [])
-        size = -(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt
-        for some in _chunks(mine, size):
+        for some in _chunks(mine, self._at_once):
             with clock.on("generation"):
                 self._draw(some, step)
             rolled.judged.append(self.submit(some))
@@ -232,6 +226,17 @@ class Loop(ABC):
         with clock.on("scoring"):
             self._measure(mine)
         return rolled
+
+    def _dealt(self, step: int) -> list[Row]:
+        """The rows of a step's prompts, those of all processes."""
+        rows = self.part.train.rows
+        places = deal(len(rows), step * self.prompts_a_step, self.prompts_a_step, self.part.seed)
+        return [rows[place] for place in places]
+
+    @property
+    def _at_once(self) -> int:
+        """Responses that are drawn, and judged, together: whole prompts' of them."""
+        return int(-(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt)
 
     def _draw(self, samples: list[Sample], step: int | str) -> None:
         for sampler in dict.fromkeys(self.sampler_of(sample.number % self.a_prompt) for sample in samples):
@@ -466,19 +471,16 @@ class Loop(ABC):
             self.waiting = self._taken_up(state["responses"])
 
     def _taken_up(self, kept: list[Any]) -> Rolled:
-        rows = self.part.train.rows
-        dealt = deal(len(rows), self.step * self.prompts_a_step, self.prompts_a_step, self.part.seed)
-        samples = []
+        rows, samples = self._dealt(self.step), []
         for number, response, *figures in sorted(kept, key=lambda one: one[0]):
             if number // self.a_prompt % self.world.size != self.world.rank:
                 continue
-            row = rows[dealt[number // self.a_prompt]]
+            row = rows[number // self.a_prompt]
             sample = Sample(number, row, self.encode(row["prompt"]), response, self._decoded(response).strip(), False)
             sample.ended = response[-1] in self.ends
             sample.logprobs, sample.reference, sample.values = figures
             samples.append(sample)
-        size = -(-max(self.config.generate_batch, self.a_prompt) // self.a_prompt) * self.a_prompt
-        return Rolled(self.step, samples, [self.submit(some) for some in _chunks(samples, size)])
+        return Rolled(self.step, samples, [self.submit(some) for some in _chunks(samples, self._at_once)])
 
     def save_model(self, folder: Path) -> None:
         """Write the policy with its tokenizer; the folder appears whole or not at all."""
@@ -492,23 +494,9 @@ class Loop(ABC):
                 "reward": self.rewards.settings(),
                 "judged": self.rewards.facts(),
             }
-            (self.part.folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+            (self.part.folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
             put_in_place(target, folder)
         self.accelerator.wait_for_everyone()
-
-    def _rewards(self, terms: Sequence[Any], name: str) -> Rewards:
-        config = self.config
-        folder = self.part.folder / (name if self.world.size == 1 else f"{name}-{self.world.rank}")
-        budget = config.max_cost / self.world.size if config.max_cost else None
-        return Rewards(
-            terms,
-            folder,
-            tries=config.judge_tries,
-            timeout=config.judge_timeout,
-            max_cost=budget,
-            device="cpu" if config.device == "cpu" else None,
-            seed=self.part.seed,
-        )
 
 
 def _size(sample: Sample) -> int:
@@ -517,12 +505,6 @@ def _size(sample: Sample) -> int:
 
 def _chunks(values: Sequence[Any], size: int) -> Iterator[list[Any]]:
     return (list(values[start : start + size]) for start in range(0, len(values), size))
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: the model may name several."""
-    own = model.generation_config.eos_token_id if model.generation_config else None
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 
 def _merged(some: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -20,7 +20,7 @@ from rlaif.rl.loop import Loop
 from rlaif.rl.prompts import Encoder, fitting
 from rlaif.rl.prompts import read as read_prompts
 from rlaif.rl.rewards import check
-from rlaif.rl.step import Clock, Sample, Sums
+from rlaif.rl.step import FACTS, Clock, Sample, Sums
 from rlaif.train import data
 from rlaif.train.data import Rows, encoder
 from rlaif.train.run import Part, Run
@@ -46,8 +46,10 @@ def trainer(part: Part) -> Any:
 
 
 def finish(run: Run, out: Path) -> dict[str, Any]:
-    """`algorithm`; `stopped`, why the run ended early, or None; `reward`, its terms; `judged`, what they took."""
-    facts = json.loads((run.out / "parts" / "train" / "facts.json").read_text(encoding="utf-8"))
+    """`algorithm`; `reward`, its terms; `judged`, what they took since the run was last resumed; of our own loops `stopped`,
+    why the run ended early, or None.
+    """
+    facts = json.loads((run.out / "parts" / "train" / FACTS).read_text(encoding="utf-8"))
     return {"algorithm": getattr(run.config, "algorithm", run.kind), **facts}
 
 

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import re
 import sys
 import threading
@@ -32,7 +33,7 @@ from rlaif.labeler import Labeler, load_labeler
 from rlaif.provenance import sha256
 from rlaif.records import FatalError, RlaifError, Row, UsageError, digest
 from rlaif.reward import Folder, Ratings, Scorer, read_folder
-from rlaif.rl.config import Ensemble, Format, Function, Length, ModelReward, Rating, Term, Verdict
+from rlaif.rl.config import Ensemble, Format, Function, Length, ModelReward, Rating, Rollouts, Term, Verdict
 from rlaif.runner import Budget, Limits, Method, Runner, StoppedError
 from rlaif.store import Store
 
@@ -54,6 +55,10 @@ SETTING = {
     "function": "function",
 }
 """What a term of this kind names."""
+
+
+SILENT = 3
+"""Steps in a row in which no response could be judged, after which a run ends."""
 
 
 class Reward(Protocol):
@@ -401,6 +406,26 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except RlaifError as error:
         raise type(error)(f"reward {what}: {error}") from error
+
+
+def silence(scored: Sequence[Scored]) -> str:
+    """What to say where no response of `SILENT` steps in a row had a score; `scored` are those of the last one."""
+    why = next((one.error for one in scored if one.error), "the judge gave no score")
+    return f"no response of {SILENT} steps could be judged: {why}"
+
+
+def of_run(terms: Sequence[Term], config: Rollouts, folder: Path, seed: int) -> Rewards:
+    """The rewards of this process of a run, with answers in `folder`; several processes share what they may cost."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    return Rewards(
+        terms,
+        folder if world == 1 else folder.with_name(f"{folder.name}-{rank}"),
+        tries=config.judge_tries,
+        timeout=config.judge_timeout,
+        max_cost=config.max_cost / world if config.max_cost else None,
+        device="cpu" if config.device == "cpu" else None,
+        seed=seed,
+    )
 
 
 def check(terms: Sequence[Term], first: Row) -> None:

@@ -16,7 +16,11 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from rlaif.records import Row
+from rlaif.rl import watch
 from rlaif.rl.rewards import Scored
+
+FACTS = "facts.json"
+"""In the folder of a run's part: how responses were judged, and why it ended."""
 
 Sums = dict[str, float]
 """Figures of a minibatch's pieces, added up."""
@@ -53,17 +57,7 @@ class Sample:
 
     def line(self) -> dict[str, Any]:
         """As it is told in samples.jsonl."""
-        scored = self.scored or Scored(None, {}, None, None)
-        return {
-            "prompt": self.row["prompt"],
-            "response": self.text,
-            "reward": scored.value,
-            "terms": scored.terms,
-            "kl": self.kl,
-            "tokens": len(self.response),
-            "ended": self.ended,
-            "error": scored.error,
-        }
+        return watch.sample(self.row["prompt"], self.text, self.scored, self.kl, len(self.response), self.ended)
 
 
 @dataclass

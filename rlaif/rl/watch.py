@@ -148,6 +148,21 @@ def _rose(before: float | None, after: float | None) -> bool:
 # ---------------------------------------------------------------- samples
 
 
+def sample(prompt: Any, response: str, scored: Scored | None, kl: float | None, tokens: int, ended: bool) -> dict[str, Any]:
+    """A response as it is told: with its score, None for one that could not be judged, its KL in nats and its tokens."""
+    scored = scored or Scored(None, {}, None, None)
+    return {
+        "prompt": prompt,
+        "response": response,
+        "reward": scored.value,
+        "terms": dict(scored.terms),
+        "kl": kl,
+        "tokens": tokens,
+        "ended": ended,
+        "error": scored.error,
+    }
+
+
 class Samples:
     """The file of samples that a run shows: a line for each, with the run's part and the step."""
 
