@@ -17,7 +17,7 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 # Real vLLM (a CPU build), over HTTP and in-process, against transformers: minutes, in an environment of its own.
 proof-vllm: .venv-vllm/ready

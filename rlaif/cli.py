@@ -14,7 +14,9 @@ import typer
 from rlaif import __version__
 from rlaif.cli_build import build_app
 from rlaif.cli_check import check, contrast
-from rlaif.cli_reward import reward_app
+from rlaif.cli_reward import icdpo, reward_app
+from rlaif.cli_rows import split, verify
+from rlaif.cli_run import card, lineage, new, push, run, status
 from rlaif.cli_train import train_app
 from rlaif.options import (
     Answering,
@@ -27,6 +29,7 @@ from rlaif.options import (
     grouped,
     labelled_rows,
     pairs_of,
+    say_found,
     say_report,
 )
 from rlaif.records import RlaifError, UsageError
@@ -170,7 +173,7 @@ def _label_together(
     for name, weight in weights.items():
         print(f"{name}: weight {weight.weight:.3f}, accuracy {weight.accuracy:.3f} on {weight.n} calibration rows")
     print(tables.among(among, "labelers"))
-    say_report(report, out)
+    say_report(report, out, running.max_errors)
 
 
 def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str, Any]]:
@@ -187,7 +190,7 @@ def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str
 
 
 def _run(job: Job, labeler: Labeler, running: Running) -> None:
-    say_report(_run_all([(job, labeler)], running)[0], job.out)
+    say_report(_run_all([(job, labeler)], running)[0], job.out, running.max_errors)
 
 
 @app.command()
@@ -268,7 +271,7 @@ def rank(
     cycles = [row["cycles"] for _, row in read_rows(str(out)) if row["cycles"] is not None] if report["rows"] else []
     if cycles:
         print(f"{sum(cycles)} cycles (a beats b beats c beats a), in {sum(map(bool, cycles))} of {len(cycles)} rows")
-    say_report(report, out)
+    say_report(report, out, running.max_errors)
 
 
 @app.command()
@@ -304,7 +307,7 @@ def sample(
     (report,) = _run_all([(Job(prompts, out, items, sampler, reading.facts(), "sampling"), labeler)], running)
     counts = [len(row["responses"] or ()) for _, row in data.read_rows(str(out))] if report["rows"] else []
     print(f"{sum(counts)} responses; {sum(n < count for n in counts)} rows have fewer than {count}")
-    say_report(report, out)
+    say_report(report, out, running.max_errors)
 
 
 class Revising(StrEnum):
@@ -357,7 +360,7 @@ def revise(
     if report["rows"]:
         counts = tally(row for _, row in read_rows(str(out)))
         print(f"{counts['rounds']} revisions: {counts['unchanged']} unchanged, {counts['refusal']} decline")
-    say_report(report, out)
+    say_report(report, out, running.max_errors)
 
 
 @app.command()
@@ -371,6 +374,7 @@ def align(
     human_values: HumanValues = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap resamples.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Write everything here too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure how far labels agree with humans, with 95 % intervals and what trivial labelers reach."""
@@ -385,11 +389,12 @@ def align(
     if by:
         if len(outs) > 1:
             raise UsageError("--by takes one OUT")
-        found = agreement.leaderboard_by(files[outs[0]], by, human, column, resamples, seed, values)
-        print(json.dumps(found, indent=2) if as_json else tables.grouped(found, by))
-        return
-    results = agreement.leaderboard(files, human, column, resamples=resamples, seed=seed, values=values)
-    print(json.dumps(results, indent=2) if as_json else tables.render(results, human))
+        found: Any = agreement.leaderboard_by(files[outs[0]], by, human, column, resamples, seed, values)
+        text = tables.grouped(found, by)
+    else:
+        found = agreement.leaderboard(files, human, column, resamples=resamples, seed=seed, values=values)
+        text = tables.render(found, human)
+    say_found(found, text, out, as_json)
 
 
 @app.command()
@@ -607,8 +612,8 @@ def labelers() -> None:
         print(f"{name:24} {load_labeler(name).description}")
 
 
-app.command()(contrast)
-app.command()(check)
+for command in (contrast, check, verify, split, icdpo, run, status, lineage, card, push, new):
+    app.command()(command)
 
 
 if __name__ == "__main__":

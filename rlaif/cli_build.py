@@ -179,6 +179,30 @@ def stronger_preferred(
     _finish(context, out, [weak, strong], judged.stronger_preferred(weaker, stronger, build), len(weaker), build)
 
 
+@build_app.command()
+def comparisons(
+    context: typer.Context,
+    before: Annotated[str, typer.Argument(metavar="BEFORE", help="One model's responses.")],
+    after: Annotated[str, typer.Argument(metavar="AFTER", help="The other one's, with the same ids.")],
+    out: Out,
+    best_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of AFTER's scored responses to a prompt, take the highest by this.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Two models' responses as comparisons for `rlaif label`; `rlaif align --human after` then tells AFTER's share of wins."""
+    from rlaif.build import judged, scored
+    from rlaif.build.rows import read_answers, read_scored
+
+    build = _begin(out, before, after, form=Form.plain, seed=seed)
+    first = read_answers(before, with_id=True)
+    if best_by:
+        second = scored.chosen_answers(read_scored(after, best_by, or_ranked=True), build, best_by)
+    else:
+        second = read_answers(after, with_id=True)
+    _finish(context, out, [before, after], judged.comparisons(first, second, build), len(first), build)
+
+
 @build_app.command("best-of-n")
 def best_of_n(
     context: typer.Context, ranked: Ranked, out: Out, score: ScoreColumn = "score", form: AsForm = Form.plain
@@ -192,14 +216,45 @@ def best_of_n(
     _finish(context, out, [ranked], scored.best_of_n(rows, build, score), len(rows), build)
 
 
+@build_app.command("best-worst")
+def best_worst(
+    context: typer.Context, ranked: Ranked, out: Out, score: ScoreColumn = "score", form: AsForm = Form.plain
+) -> None:
+    """Each prompt's response with the highest score chosen, that with the lowest rejected (arXiv 2405.14734)."""
+    from rlaif.build import scored
+    from rlaif.build.rows import read_scored
+
+    build = _begin(out, ranked, form=form)
+    rows = read_scored(ranked, score, or_ranked=True)
+    _finish(context, out, [ranked], scored.best_worst(rows, build, score), len(rows), build)
+
+
+@build_app.command()
+def completions(
+    context: typer.Context,
+    answers: Annotated[str, typer.Argument(metavar="ANSWERS", help="An output of `rlaif sample`, or prompts and responses.")],
+    out: Out,
+    form: AsForm = Form.plain,
+) -> None:
+    """All responses as they are, for supervised fine-tuning or context distillation (arXiv 2112.00861)."""
+    from rlaif.build import unpaired
+    from rlaif.build.rows import read_answers
+
+    build = _begin(out, answers, form=form)
+    rows = read_answers(answers, with_id=False)
+    _finish(context, out, [answers], unpaired.completions(rows, build), len(rows), build)
+
+
 @build_app.command()
 def rest(
     context: typer.Context,
     source: Scored,
     out: Out,
     thresholds: Annotated[str, typer.Option(metavar="T1,T2,...", help="The least score of each step; they must grow.")],
+    most: Annotated[int | None, typer.Option(min=1, help="At most so many of a prompt's responses, drawn at random.")] = None,
     score: ScoreColumn = "score",
     form: AsForm = Form.plain,
+    seed: Seed = 0,
 ) -> None:
     """ReST's growing thresholds: OUT.1, OUT.2 ... for the Improve steps one after the other (arXiv 2308.08998)."""
     from rlaif.build import scored
@@ -207,10 +262,10 @@ def rest(
 
     steps = _growing(thresholds)
     _begin(out, source, form=form)
-    outs = [_numbered(out, step) for step in range(1, len(steps) + 1)]
-    builds = [_begin(path, source, form=form) for path in outs]
+    outs = [numbered(out, step) for step in range(1, len(steps) + 1)]
+    builds = [_begin(path, source, form=form, seed=seed) for path in outs]
     rows = read_scored(source, score)
-    made = [list(scored.rest(rows, build, least, score)) for build, least in zip(builds, steps, strict=True)]
+    made = [list(scored.rest(rows, build, least, score, most)) for build, least in zip(builds, steps, strict=True)]
     for examples, least in zip(made, steps, strict=True):
         if not examples:  # before any file is written
             raise RlaifError(f"{source}: no row gives an example of score {least:g} or more")
@@ -228,10 +283,10 @@ def _growing(text: str) -> list[float]:
     return steps
 
 
-def _numbered(out: Path, step: int) -> Path:
+def numbered(out: Path, step: int) -> Path:
     """The path with the step before its suffix.
 
-    >>> _numbered(Path("train.jsonl.gz"), 2).name
+    >>> numbered(Path("train.jsonl.gz"), 2).name
     'train.2.jsonl.gz'
     """
     from rlaif.data import SUFFIXES
@@ -332,3 +387,23 @@ def hir(
     asked = load(unpaired.Instructions, Path(instructions)) if instructions else None
     rows = read_scored(source, score)
     _finish(context, out, [source], unpaired.hir(rows, build, levels, asked, score), len(rows), build)
+
+
+@build_app.command("groups")
+def group_preferences(
+    context: typer.Context,
+    source: Scored,
+    out: Out,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column of the groups' names (default: each principle is one).")
+    ] = None,
+    score: ScoreColumn = "score",
+) -> None:
+    """Each group's score of each response, for `rlaif train gpo` (arXiv 2310.11523): a principle's votes, or a column's."""
+    from rlaif.build import groups
+
+    build = _begin(out, source, form=Form.plain)
+    if group is None and score != "score":
+        raise UsageError("--score goes with --group COLUMN; without it, the scores are those of the votes")
+    rows = groups.read_grouped(source, group, score)
+    _finish(context, out, [source], groups.groups(rows, build, group, score), len(rows), build)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rlaif.options import Reading, grouped
+from rlaif.options import Reading, grouped, say_found
 from rlaif.records import RlaifError
 
 
@@ -25,10 +24,11 @@ def contrast(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure how strongly chosen and rejected responses differ: Jaccard similarity, Levenshtein distance, length."""
-    from rlaif import contrast as module
+    from rlaif.contrast import as_json as in_json
+    from rlaif.contrast import compare, render
 
-    found = module.compare(data, reading.columns, reading.split, reading.limit, resamples, seed, out)
-    print(module.as_json(found) if as_json else module.render(found))
+    found = compare(data, reading.columns, reading.split, reading.limit, resamples, seed, out)
+    print(in_json(found) if as_json else render(found))
 
 
 @dataclass
@@ -63,17 +63,19 @@ def check(
         str | None,
         typer.Option(metavar="MODEL", help="What counts them: a folder, a name, or embedded (default: an estimate)."),
     ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="FILE.json", help="Write everything here too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Check a training set: duplicates, evaluation prompts in it, empty and identical sides, lengths, balance.
 
     Exit code 1 where a share is greater than the limit that is given for it.
     """
-    from rlaif import check as module
+    from rlaif.check import Settings, render
+    from rlaif.check import check as measured
 
-    settings = module.Settings(against or [], near, ngram, max_tokens, tokenizer, limits.given())
-    found = module.check(train, settings)
-    print(json.dumps(found, indent=2) if as_json else module.render(found))
+    settings = Settings(against or [], near, ngram, max_tokens, tokenizer, limits.given())
+    found = measured(train, settings)
+    say_found(found, render(found), out, as_json)
     over = [found["measures"][name] for name in found["over"]]
     if over:
         told = ", ".join(f"{own['name']} {own['value']:.3f} > {own['limit']:g}" for own in over)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,52 +25,60 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's setting
 Changes = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; lora.r=8 reaches inside one.")
 ]
+Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="DIR", help="The run's folder (default: the config's `out`).")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")]
 
 
 @train_app.command()
-def sft(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def sft(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """Supervised fine-tuning, or context distillation (arXiv 2112.00861)."""
-    _train("sft", config, changes, resume)
+    _train("sft", config, out, changes, resume)
 
 
 @train_app.command()
-def reward(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def reward(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """A reward model from soft or hard labels, rankings, or margins (arXiv 2309.00267, 2203.02155, 2307.09288)."""
-    _train("reward", config, changes, resume)
+    _train("reward", config, out, changes, resume)
 
 
 @train_app.command()
-def dpo(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def dpo(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """Preference optimization: dpo, ipo, apo_zero, simpo, orpo … under one setting, `loss` (arXiv 2305.18290)."""
-    _train("dpo", config, changes, resume)
+    _train("dpo", config, out, changes, resume)
 
 
 @train_app.command()
-def ppo(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def ppo(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """PPO, REINFORCE, RLOO, GRPO, P3O or TRPO, rewarded by a reward model or the judge itself (arXiv 2309.00267)."""
-    _train("ppo", config, changes, resume)
+    _train("ppo", config, out, changes, resume)
 
 
 @train_app.command()
-def online(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def online(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """Preferences between the model's own responses, judged as it learns: online DPO, IPO-MD, Nash-MD (arXiv 2402.04792)."""
-    _train("online", config, changes, resume)
+    _train("online", config, out, changes, resume)
 
 
 @train_app.command()
-def kto(config: Config, changes: Changes = None, resume: Resume = False) -> None:
+def kto(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
     """KTO on single responses, desirable or not (arXiv 2402.01306)."""
-    _train("kto", config, changes, resume)
+    _train("kto", config, out, changes, resume)
 
 
-def _train(kind: str, name: str, changes: list[str] | None, resume: bool) -> None:
+@train_app.command()
+def gpo(config: Config, out: Out = None, changes: Changes = None, resume: Resume = False) -> None:
+    """A module that predicts a group's scores from a few of them, learnt from other groups (arXiv 2310.11523)."""
+    _train("gpo", config, out, changes, resume)
+
+
+def _train(kind: str, name: str, out: Path | None, changes: list[str] | None, resume: bool) -> None:
     from rlaif.train.kinds import load_config
     from rlaif.yamlfile import named
 
     main = os.environ.get("RANK", "0") == "0"
     try:
-        config = load_config(kind, named("pipelines/train", name), changes or [])
+        own = [f"out={json.dumps(str(out))}"] if out else []
+        config = load_config(kind, named("pipelines/train", name), [*(changes or []), *own])
         from rlaif.train.run import run
 
         report = run(kind, config, resume)
@@ -88,6 +98,8 @@ def _say(evaluation: dict[str, Any]) -> None:
     if accuracy and accuracy["low"] is not None:
         low, high = accuracy["low"], accuracy["high"]
         print(f"held out: accuracy {accuracy['value']:.3f} ({low:.3f} to {high:.3f}), {accuracy['n']} rows")
+    for how, found in evaluation.get("predictions", {}).items():
+        print(f"held-out groups, {how}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items() if v is not None))
     if evaluation.get("stopped"):
         print(f"stopped early: {evaluation['stopped']}")
     if "before" in evaluation:

@@ -193,6 +193,9 @@ class Running:
         BadRows,
         typer.Option(help="Rows that cannot be judged: stop before anything is asked, or keep with status error."),
     ] = BadRows.stop
+    max_errors: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The share of rows that may meet an error before the exit code is 1.")
+    ] = 0.0
     relabel: Annotated[bool, typer.Option("--relabel", help="Make OUT anew where it was made with other settings.")] = False
     reparse: Annotated[bool, typer.Option("--reparse", help="Read the stored answers again, without a call.")] = False
 
@@ -302,8 +305,8 @@ def labelled_rows(name: str, or_ranked: bool = False) -> list[Row]:
 # ---------------------------------------------------------------- what was made
 
 
-def say_report(report: dict[str, Any], out: Path) -> None:
-    """One line on what was made; exit code 1 where rows met an error, for they wait for the next run."""
+def say_report(report: dict[str, Any], out: Path, max_errors: float = 0.0) -> None:
+    """One line on what was made; exit code 1 where more than this share of rows met an error: they wait for the next run."""
     from rlaif.data import run_path
 
     counts = ", ".join(f"{count} {status}" for status, count in report["statuses"].items() if count)
@@ -312,9 +315,21 @@ def say_report(report: dict[str, Any], out: Path) -> None:
     for note in report.get("notes", ()):
         print(f"note: {note}")
     errors = report["statuses"]["error"]
-    if errors:
+    if errors > max_errors * of:
         where, why = _first_error(out)
         raise RlaifError(f"{errors} rows met an error, and are tried again by the same command; the first, {where}: {why}")
+
+
+def say_found(found: Any, text: str, out: Path | None, as_json: bool) -> None:
+    """Print what was measured, as a text or as JSON; JSON goes into the file `out` too, where there is one."""
+    if out:
+        from rlaif.data import atomic
+
+        if not out.parent.is_dir():
+            raise UsageError(f"{out}: no such folder: {out.parent}")
+        with atomic(out) as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(found, indent=2) if as_json else text)
 
 
 def _first_error(out: Path) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from rlaif import data
-from rlaif.data import Item, read_rows, renamed
+from rlaif.data import Item, kind_of, read_rows, renamed
 from rlaif.label.judge import Ask
 from rlaif.label.pairwise import hard_label, sigmoid
 from rlaif.records import Message, Request, Row, RowError, UsageError
@@ -25,6 +25,9 @@ FACTS = "reward.json"
 
 ONLY = "reward"
 """The name of the score of a model with one head and no name for it."""
+
+BELOW = 0.15
+"""Of the gate: a response is unsafe where σ(its safety score) is less (arXiv 2307.09288, §3.2.3)."""
 
 RESERVED = (*data.RESERVED, "score_a", "score_b")
 """Columns that a comparison by scores adds."""
@@ -112,6 +115,9 @@ class Scorer:
     teach only differences, each member has a zero of its own, and the least of several scores depends on these, unless the
     models were trained with `center`. With `own_head` a row is scored by the head that its column `head` names.
 
+    `gate`: Llama 2's, where the last of the folders is the safety model: its score counts where the row's column `tagged` is
+    true, and wherever `safety_counts` says so; elsewhere that of the others.
+
     Raises: UsageError for a head that there is not, or folders that differ in heads or form.
     """
 
@@ -119,6 +125,8 @@ class Scorer:
     head: str = "mean"
     combine: Combine = "mean"
     own_head: bool = False
+    gate: bool = False
+    tagged: str | None = None
     heads: tuple[str, ...] = field(init=False)
     members: tuple[str, ...] = field(init=False)
 
@@ -135,7 +143,8 @@ class Scorer:
         object.__setattr__(self, "members", tuple(_member_names(self.folders)))
 
     def settings(self) -> dict[str, Any]:
-        return {"heads": list(self.heads), "head": self.head, "members": list(self.members), "combine": self.combine}
+        gate = {"gate": {"tagged": self.tagged, "below": BELOW}} if self.gate else {}
+        return {"heads": list(self.heads), "head": self.head, "members": list(self.members), "combine": self.combine, **gate}
 
     async def scores(self, row: Row, response: str, ask: Ask) -> Scores:
         """All scores of a response to the row's prompt. Raises: RowError where it has none."""
@@ -149,7 +158,17 @@ class Scorer:
         return found
 
     def of_members(self, scores: Scores, row: Row) -> list[float]:
-        """Each member's score, by the head or heads that count."""
+        """The score of each member that counts, by the head or heads that count. Raises: RowError for a tag that is none."""
+        if not self.gate:
+            return self._by_head(scores, row)
+        if problem := tag_problem(row, self.tagged):
+            raise RowError(problem)
+        found, safe = self._by_head(scores, row), len(self.folders[-1].models)
+        helpful, safety = found[:-safe], found[-safe:]
+        tagged = self.tagged is not None and row.get(self.tagged)
+        return safety if safety_counts(_one(safety, self.combine), bool(tagged)) else helpful
+
+    def _by_head(self, scores: Scores, row: Row) -> list[float]:
         name = row["head"] if self.own_head else self.head
         if name in self.heads:
             return [member[self.heads.index(name)] for member in scores]
@@ -164,6 +183,21 @@ class Scorer:
         several = len(self.members) > 1, len(self.heads) > 1
         names = ["/".join(part for part, there in zip(pair, several, strict=True) if there) or pair[1] for pair in pairs]
         return dict(zip(names, (score for member in scores for score in member), strict=True))
+
+
+def safety_counts(safety: float, tagged: bool, below: float = BELOW) -> bool:
+    """Whether a response's reward is its safety score, a logit, or that of helpfulness (Llama 2, arXiv 2307.09288, §3.2.3).
+
+    >>> safety_counts(-2.0, False), safety_counts(2.0, False), safety_counts(2.0, True)
+    (True, False, True)
+    """
+    return tagged or sigmoid(safety) < below
+
+
+def tag_problem(row: Row, column: str | None) -> str | None:
+    """What is wrong with a row's tag; null is not tagged."""
+    value = row.get(column) if column else None
+    return None if isinstance(value, bool | None) else f"column '{column}': expected true or false, got {kind_of(value)}"
 
 
 def _one(values: Sequence[float], how: str) -> float:
@@ -200,13 +234,14 @@ class Ratings:
         """`score`: the reward, any number (not in [−1, 1]); `dispersion`: the members' standard deviation."""
         try:
             found = await self.scorer.scores(item.row, item.row["response"], ask)
+            counting = self.scorer.of_members(found, item.row)
         except RowError as error:
             return self.failed(str(error))
         return {
             "status": "ok",
-            "score": self.scorer.one(found, item.row),
+            "score": _one(counting, self.scorer.combine),
             "scores": self.scorer.named(found),
-            "dispersion": _spread(self.scorer.of_members(found, item.row)),
+            "dispersion": _spread(counting),
             "votes": [],
             "error": None,
         }
@@ -280,9 +315,13 @@ def work(
     """The rows of a source and what is to be done with them, by the columns of its first row.
 
     Comparisons (`response_a` and `response_b`, or `chosen` and `rejected`) are compared; other rows hold a `response`, or
-    `responses`, and are scored. Raises: UsageError for a file that cannot be read.
+    `responses`, and are scored. Raises: UsageError for a file that cannot be read, or does not go with a gate.
     """
     first = next((renamed(row, columns, where) for where, row in read_rows(source, split)), {})
+    if scorer.tagged is not None and scorer.tagged not in first:
+        raise UsageError(f"--tagged: {source} has no column '{scorer.tagged}'; there are: {', '.join(first)}")
     if "response_a" in first or ("chosen" in first and "response" not in first):
+        if scorer.gate:
+            raise UsageError(f"--safety: goes with responses, and {source} has comparisons")
         return lambda: data.comparisons(source, columns, 0, split, limit, RESERVED), Comparisons(scorer)
     return lambda: data.responses(source, columns, split, limit), Ratings(scorer)

@@ -286,6 +286,32 @@ def test_best_of_n_takes_the_highest_score_and_the_first_of_equals(tmp_path: Pat
     assert read_jsonl(out)[0]["completion"] == "Answer 0.1."
 
 
+def test_best_worst_pairs_the_two_ends(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "s.jsonl", scores([0.1, 0.9, -0.5, 0.9], [0.3, 0.3], [0.2]))
+    out = tmp_path / "t.jsonl"
+    assert built("best-worst", path, "-o", out).endswith("left out: 2 prompts without two different scores\n")
+    (row,) = read_jsonl(out)
+    assert (row["id"], row["margin"], row["soft_label"]) == ("0/1-2", pytest.approx(1.4), pytest.approx(sigmoid(1.4)))
+    texts = {one["id"]: one["response"] for one in read_jsonl(path)}
+    assert (row["chosen"], row["rejected"]) == (texts["0/1"], texts["0/2"])
+
+
+def test_completions_are_all_samples_as_they_are(tmp_path: Path) -> None:
+    drawn: Row = {"samples": [], "status": "ok", "error": None}
+    rows = [
+        {"id": "7", "prompt": "Q?", "responses": ["One.", " ", "Two."], **drawn},
+        {"id": "8", "prompt": "R?", "responses": ["Three."], **drawn},
+        {"id": "9", "prompt": "S?", "responses": [], **drawn, "status": "error"},
+    ]
+    out = tmp_path / "t.jsonl"
+    said = built("completions", write_jsonl(tmp_path / "s.jsonl", rows), "-o", out)
+    assert "3 examples of 3 rows" in said
+    assert "1 empty responses" in said
+    assert "1 error" in said
+    found = [(row["id"], row["prompt"], row["completion"]) for row in read_jsonl(out)]
+    assert found == [("7/0", "Q?", "One."), ("7/2", "Q?", "Two."), ("8", "R?", "Three.")]
+
+
 def test_scores_are_grouped_by_id_where_prompts_agree_and_else_by_prompt() -> None:
     def groups(*rows: tuple[str, str]) -> list[list[str]]:
         found = [scored.Candidate(name, prompt, "t", 0.0) for name, prompt in rows]
@@ -304,6 +330,22 @@ def test_the_best_of_n_uniform_scores_is_expected_at_n_of_n_plus_1() -> None:
         deviation = math.sqrt(n / ((n + 1) ** 2 * (n + 2)) / len(best))
         assert len(best) == 1500
         assert abs(np.mean(best) - n / (n + 1)) < 4 * deviation
+
+
+def test_rest_takes_at_most_so_many_of_a_prompt(tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "s.jsonl", scores([1.0, 0.0, 1.0, 1.0, 1.0], [0.0, 1.0])), tmp_path / "t.jsonl"
+
+    def ids(*options: Any) -> list[str]:
+        built("rest", path, "-o", out, "--thresholds", "1", *options)
+        return [row["id"] for row in read_jsonl(tmp_path / "t.1.jsonl")]
+
+    whole = ids()
+    draws = [ids("--most", 2, "--seed", seed) for seed in range(12)]
+    assert all(len(draw) == 3 and whole[-1] in draw for draw in draws)
+    assert all(sorted(draw, key=whole.index) == draw for draw in draws)
+    assert {one for draw in draws for one in draw} == set(whole)
+    assert ids("--most", 4) == whole
+    assert "left out: 2 below 1, 2 beyond 2 of a prompt" in built("rest", path, "-o", out, "--thresholds", "1", "--most", 2)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
@@ -591,6 +633,92 @@ def test_a_value_of_another_kind_is_refused(changes: Row) -> None:
         list(scored.best_of_n([score_row("0/0", 1.0) | changes], Build()))
 
 
+# ------------------------------------------------------------ two models, side by side
+
+
+def answers_of(qualities: list[float], word: str) -> list[Row]:
+    rows = [{"id": str(n), "prompt": f"Question {n}?"} for n in range(len(qualities))]
+    drawn: Row = {"samples": [], "status": "ok", "error": None}
+    return [
+        {**row, "responses": [f"{word} {row['id']} [q={q}]", "Unused."], **drawn}
+        for row, q in zip(rows, qualities, strict=True)
+    ]
+
+
+def test_a_judge_of_comparisons_gives_the_share_in_which_after_wins(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    first, second = ([round(draw.gauss(mean, 1), 2) for _ in range(60)] for mean in (0.0, 0.7))
+    wins = sum(b > a for a, b in zip(first, second, strict=True)) / 60
+    before, after = (
+        write_jsonl(tmp_path / f"{word}.jsonl", answers_of(qualities, word))
+        for word, qualities in (("before", first), ("after", second))
+    )
+    out = tmp_path / "c.jsonl"
+    assert built("comparisons", before, after, "-o", out) == f"{out}: 60 examples of 60 rows\n"
+    rows = read_jsonl(out)
+    assert columns(rows) == ["id", "prompt", "response_a", "response_b", "after"]
+    for row in rows:
+        sides = {row["response_a"].split()[0]: "a", row["response_b"].split()[0]: "b"}
+        assert sides["after"] == row["after"]
+        assert len(sides) == 2
+    assert 18 < sum(row["after"] == "a" for row in rows) < 42
+    done = cli("label", out, "-o", tmp_path / "j.jsonl", "--engine", "mock", "-E", "k=9")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(cli("align", tmp_path / "j.jsonl", "--human", "after", "--json").stdout)
+    found = next(one for one in measured if not one["baseline"])["metrics"]["accuracy"]["value"]
+    assert found == pytest.approx(wins)
+    assert 0.55 < wins < 0.9  # turned round it would be another number
+    run = json.loads((tmp_path / "c.jsonl.run.json").read_text())
+    assert run["made_by"] == "rlaif build comparisons"
+    assert [source["source"] for source in run["sources"]] == [str(before), str(after)]
+
+
+def test_the_best_of_scored_responses_is_compared(tmp_path: Path) -> None:
+    before = [{"id": str(n), "prompt": f"Question {n}?", "response": "Plain."} for n in range(3)]
+    after = [
+        {"id": f"{n}/{i}", "prompt": f"Question {n}?", "response": f"{n} at {i}", "score": score, "status": status}
+        for n in range(3)
+        for i, (score, status) in enumerate([(0.1, "ok"), (0.7 - n, "ok"), (None, "error")])
+    ]
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in (("before", before), ("after", after))]
+    out = tmp_path / "c.jsonl"
+    assert "left out: 3 error" in built("comparisons", *files, "-o", out, "--best-by", "score")
+    sides = {row["id"]: row[f"response_{row['after']}"] for row in read_jsonl(out)}
+    assert sides == {"0": "0 at 1", "1": "1 at 0", "2": "2 at 0"}
+    with pytest.raises(UsageError, match="no column 'reward'"):
+        built("comparisons", *files, "-o", out, "--best-by", "reward")
+
+
+def test_comparisons_leave_out_and_count_what_cannot_be_compared() -> None:
+    before = [{"id": n, "prompt": f"p{n}", "response": f"old {n}"} for n in range(6)]
+    after = [{**row, "response": f"new {n}"} for n, row in enumerate(before)]
+    after[0]["response"] = "old 0"
+    after[1] = {**after[1], "response": None, "status": "refused"}
+    before[2]["response"] = " "
+    build = Build()
+    made = list(judged.comparisons(before[:5], after[:4] + after[5:], build))
+    assert [row["id"] for row in made] == ["3"]
+    assert dict(build.dropped) == {
+        "in one file only": 2,
+        "without response (before)": 1,
+        "refused (after)": 1,
+        "equal responses": 1,
+    }
+    with pytest.raises(UsageError, match="row '0': the prompts of the two files differ"):
+        list(judged.comparisons(before, [{**row, "prompt": "another"} for row in after], Build()))
+
+
+def test_the_side_is_drawn_by_seed_and_content() -> None:
+    before = [{"id": n, "prompt": f"p{n}", "response": "No."} for n in range(200)]
+    after = [{**row, "response": "Yes."} for row in before]
+
+    def sides(rows: list[Row], seed: int) -> dict[str, str]:
+        return {row["prompt"]: row["after"] for row in judged.comparisons(rows, after, Build(seed=seed))}
+
+    assert sides(before, 0) == sides(before[::-1], 0) != sides(before, 1)
+    assert 70 < sum(side == "a" for side in sides(before, 0).values()) < 130
+
+
 def test_a_ranking_with_fewer_scores_than_responses_is_refused() -> None:
     with pytest.raises(UsageError, match="row '0': 2 responses, but 1 scores"):
         list(scored.best_of_n([rank_row("0", [0.1, 0.2], scores=[0.1])], Build()))
@@ -629,6 +757,7 @@ def of_scores(rows: list[Row], seed: int) -> dict[str, list[Row]]:
 
     return {
         "best-of-n": list(scored.best_of_n(rows, Build(seed=seed))),
+        "best-worst": list(scored.best_worst(rows, Build(seed=seed))),
         "rest": list(scored.rest(rows, Build(seed=seed), 0.0)),
         "rs-dpo": list(scored.rs_dpo(rows, Build(seed=seed), 0.1)),
         "rso": list(scored.rso(rows, Build(seed=seed), 0.5, 4)),
@@ -704,12 +833,14 @@ def test_swapping_the_two_responses_gives_the_same_pairs(softs: list[float | Non
 TRAINED = {
     "sl-cai": "SFT",
     "best-of-n": "SFT",
+    "completions": "SFT",
     "rest": "SFT",
     "hir": "SFT",
     "rl-cai": "DPO",
     "clair": "DPO",
     "judge-on-policy": "DPO",
     "stronger-preferred": "DPO",
+    "best-worst": "DPO",
     "rs-dpo": "DPO",
     "rso": "DPO",
     "kto": "KTO",
@@ -731,6 +862,8 @@ def training_files(folder: Path) -> dict[str, Path]:
     kinds: dict[str, list[str]] = {
         "sl-cai": [at["revised"], "--mix", at["weak"], "--ratio", "0.5"],
         "best-of-n": [at["scores"], "--form", "conversational"],
+        "completions": [at["weak"], "--form", "conversational"],
+        "best-worst": [at["scores"], "--form", "conversational"],
         "rest": [at["scores"], "--thresholds", "0.2,0.5"],
         "hir": [at["scores"], "--form", "conversational"],
         "rl-cai": [at["labels"], "--mix", at["human"], "--human", "h"],

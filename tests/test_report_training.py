@@ -34,6 +34,7 @@ def ppo(**more: Any) -> Ppo:
         {"kind": "rating", "name": "judge", "labeler": "/home/me/kind.yaml"},
         {"kind": "length", "most": 120, "weight": 0.25},
         {"kind": "ensemble", "of": [{"kind": "model", "model": "/home/me/rm-1"}, {"kind": "model", "model": "/home/me/rm-2"}]},
+        {"kind": "gate", "safety": {"kind": "model", "model": "/home/me/rm-3"}, "helpful": {"kind": "format", "pattern": "x"}},
     ]
     second = [{"kind": "rating", "labeler": "second.yaml"}]
     settings = {"name": "kinder", "data": "/home/me/prompts.jsonl", "out": "/home/me/runs/kinder", "eval_share": 0.1}
@@ -162,6 +163,8 @@ def test_what_was_trained_and_how_it_went(tmp_path: Path, page: Callable[..., An
     assert rewards["length"][:5] == ["training", "length", "–", "most 120", "0.25"]
     assert rewards["ensemble"][3].startswith("combine mean")
     assert (rewards["model"][2], rewards["model*"][2]) == ("rm-1", "rm-2")
+    assert rewards["gate"][3] == "below 0.15"
+    assert (rewards["safety"][1:3], rewards["helpful"][1:3]) == (["model", "rm-3"], ["format", "x"])
     assert rewards["rating"][:3] == ["held out", "rating", "second.yaml"]
     figures = table(html, "figure-table")
     assert figures["kl"] == ["train", "20", "6", "36", "2", "40"]

@@ -91,20 +91,36 @@ def stronger_preferred(weak: Sequence[Row], strong: Sequence[Row], build: Build)
 
     Raises: UsageError for prompts that differ, or an id that is there twice.
     """
-    alone = {str(row["id"]) for row in weak} ^ {str(row["id"]) for row in strong}
-    build.dropped["in one file only"] += len(alone)
-    weaker, stronger = (
-        _by_id([row for row in rows if str(row["id"]) not in alone], build, which)
-        for rows, which in ((weak, "weak"), (strong, "strong"))
+    for name, prompt, rejected, chosen in _joined({"weak": weak, "strong": strong}, build):
+        yield written(build, name, prompt, chosen=chosen, rejected=rejected)
+
+
+def comparisons(before: Sequence[Row], after: Sequence[Row], build: Build) -> Iterator[Row]:
+    """Comparisons of two models' responses, as `rlaif label` takes them; joined as in `stronger_preferred`, raises as there.
+
+    `id`, `prompt`, `response_a`, `response_b`, and `after`, "a" or "b": the side of `after`, drawn by seed and content.
+    """
+    for name, prompt, one, other in _joined({"before": before, "after": after}, build):
+        side = "a" if build.draw(prompt, one, other).random() < 0.5 else "b"
+        a, b = (other, one) if side == "a" else (one, other)
+        yield {"id": name, "prompt": prompt, "response_a": a, "response_b": b, "after": side}
+
+
+def _joined(files: dict[str, Sequence[Row]], build: Build) -> Iterator[tuple[str, Any, str, str]]:
+    """(id, prompt, response, the other's response) of two files, by their names; what cannot be compared is counted."""
+    one, other = ({str(row["id"]) for row in rows} for rows in files.values())
+    build.dropped["in one file only"] += len(one ^ other)
+    first, second = (
+        _by_id([row for row in rows if str(row["id"]) in one & other], build, which) for which, rows in files.items()
     )
-    for name in (name for name in weaker if name in stronger):
-        rejected, chosen = weaker[name], stronger[name]
-        if as_text(chosen[0]) != as_text(rejected[0]):
+    for name in (name for name in first if name in second):
+        (prompt, response), (prompt_too, response_too) = first[name], second[name]
+        if as_text(prompt) != as_text(prompt_too):
             raise UsageError(f"row '{name}': the prompts of the two files differ")
-        if chosen[1] == rejected[1]:
+        if response == response_too:
             build.dropped["equal responses"] += 1
         else:
-            yield written(build, name, chosen[0], chosen=chosen[1], rejected=rejected[1])
+            yield name, prompt, response, response_too
 
 
 def _by_id(rows: Sequence[Row], build: Build, which: str) -> dict[str, tuple[Any, str]]:

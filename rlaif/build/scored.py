@@ -70,17 +70,56 @@ def best_of_n(rows: Iterable[Row], build: Build, column: str = "score") -> Itera
         yield {**example, "score": best.score, "n": len(group)}
 
 
-def rest(rows: Iterable[Row], build: Build, threshold: float, column: str = "score") -> Iterator[Row]:
+def best_worst(rows: Iterable[Row], build: Build, column: str = "score") -> Iterator[Row]:
+    """Each prompt's response with the highest score against that with the lowest (as SimPO, Meng et al., arXiv 2405.14734).
+
+    `id`, `prompt`, `chosen`, `rejected`, `margin` (the difference of scores), `soft_label` (its sigmoid). Of equals the first
+    counts; prompts whose scores are all equal, or that have one response, are left out.
+    """
+    for group in grouped(candidates(rows, build, column)):
+        best, worst = (pick(group, key=lambda candidate: candidate.score) for pick in (max, min))
+        if best.score == worst.score:
+            build.dropped["prompts without two different scores"] += 1
+        else:
+            yield from _reward_pair(build, best, worst)
+
+
+def chosen_answers(rows: Iterable[Row], build: Build, column: str = "score") -> list[Row]:
+    """Each prompt's response with the highest score as that prompt's answer: `id` (the prompt's own), `prompt`, `response`."""
+    return [
+        {"id": best.stem or best.id, "prompt": best.prompt, "response": best.text}
+        for group in grouped(candidates(rows, build, column))
+        for best in [max(group, key=lambda candidate: candidate.score)]
+    ]
+
+
+def rest(
+    rows: Iterable[Row], build: Build, threshold: float, column: str = "score", most: int | None = None
+) -> Iterator[Row]:
     """One Improve step of ReST (Gulcehre et al., arXiv 2308.08998): the responses whose score is at least a threshold.
 
     `id`, `prompt`, `completion`, `score`. The paper raises the threshold from step to step within one Grow step, each
-    fine-tuning the model before; which model is trained on which file is left to whoever trains.
+    fine-tuning the model before; which model is trained on which file is left to whoever trains. `most`: so many of a prompt
+    are drawn where there are more, lest easy prompts outweigh the others (ReST-EM, Singh et al., arXiv 2312.06585, §5).
     """
+    good = []
     for found in candidates(rows, build, column):
         if found.score >= threshold:
-            yield {**written(build, found.id, found.prompt, completion=found.text), "score": found.score}
+            good.append(found)
         else:
             build.dropped[f"below {threshold:g}"] += 1
+    surplus = _surplus(good, build, most) if most else set()
+    build.dropped[f"beyond {most} of a prompt"] += len(surplus)
+    for n, found in enumerate(good):
+        if n not in surplus:
+            yield {**written(build, found.id, found.prompt, completion=found.text), "score": found.score}
+
+
+def _surplus(found: Sequence[Candidate], build: Build, most: int) -> set[int]:
+    """Places of those that are left out, so that at most so many of a prompt stay."""
+    place = {id(candidate): n for n, candidate in enumerate(found)}
+    groups = [[place[id(candidate)] for candidate in group] for group in grouped(found)]
+    return {n for group in groups for n in build.draw("rest", found[group[0]].id).sample(group, max(0, len(group) - most))}
 
 
 def rs_dpo(rows: Iterable[Row], build: Build, gap: float, temperature: float = 1.0, column: str = "score") -> Iterator[Row]:

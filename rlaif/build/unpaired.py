@@ -1,4 +1,4 @@
-"""Training sets of one response at a time: desirable or not (KTO), and with the instruction that it fits (HIR)."""
+"""Training sets of one response at a time: as it is, desirable or not (KTO), and with the instruction that it fits (HIR)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from rlaif.build.rows import Build, written
+from rlaif.build.rows import Build, answers, written
 from rlaif.build.scored import candidates
 from rlaif.pairs import training_pairs
 from rlaif.records import RlaifError, Row
@@ -16,6 +16,20 @@ from rlaif.yamlfile import YamlFile
 
 RATIO = 4 / 3
 """The most weight of KTO's desirable examples to that of its undesirable ones."""
+
+
+def completions(rows: Iterable[Row], build: Build) -> Iterator[Row]:
+    """All responses as they are, to learn a model's answers from (context distillation, Askell et al., arXiv 2112.00861, §2.1).
+
+    `id`, `prompt`, `completion`; the id of one of several samples has its index: 7/0, 7/1.
+    """
+    for row, name, texts in answers(rows, build, ""):
+        for n, text in enumerate(texts):
+            if text.strip():
+                own = f"{name}/{n}" if len(texts) > 1 else name
+                yield written(build, own, row["prompt"], completion=text)
+            else:
+                build.dropped["empty responses"] += 1
 
 
 def kto(rows: Sequence[Row], build: Build, threshold: float | None = None, column: str = "score") -> list[Row]:

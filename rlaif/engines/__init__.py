@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
@@ -45,6 +46,10 @@ ENGINES = {
 """Engine name to its module and class; imported only when asked for, for their packages are heavy."""
 
 
+INSTEAD: ContextVar[Callable[[str, str | None], Engine] | None] = ContextVar("instead", default=None)
+"""What makes the engine in place of all of these, of a name and a model, while a run is only rehearsed."""
+
+
 def make_engine(name: str, **settings: Any) -> Engine:
     """The engine of this name; `settings` are its constructor's arguments, those that are None left out.
 
@@ -52,6 +57,10 @@ def make_engine(name: str, **settings: Any) -> Engine:
     """
     if name not in ENGINES:
         raise UsageError(f"unknown engine '{name}': choose one of {', '.join(sorted(ENGINES))}")
+    if instead := INSTEAD.get():
+        return instead(name, settings.get("model"))
+    if name == "transformers" and settings.get("model") == "embedded":
+        name = "embedded"
     module, cls = ENGINES[name]
     try:
         made = getattr(import_module(module), cls)

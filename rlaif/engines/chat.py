@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from rlaif.engines import beginnings
 from rlaif.records import FatalError, Message, Request, RowError, digest
+from rlaif.reward import weights_hash
 
 BREAK = "\u200b"
 """Zero-width space: put after a marker's first character, it leaves the text as it looks and the marker powerless."""
@@ -23,6 +25,11 @@ AFTER = (" ", "x", "_", ">", ":", "\n")
 PROBE = "XcontentX"
 TURNS = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 """Conversations to see a template's markers by; the first that it takes counts."""
+
+
+def identified(model: str) -> dict[str, Any]:
+    """What tells a model from others: its name, and the hash of its weights where it is a folder, which may be trained anew."""
+    return {"model": model, **({"weights": weights_hash(Path(model))} if Path(model).is_dir() else {})}
 
 
 class Chat:

@@ -37,8 +37,11 @@ class EmbeddedEngine(TransformersEngine):
         if model not in (None, "embedded"):
             raise UsageError(f"--engine embedded has one model of its own, not '{model}'; for others: --engine transformers")
         super().__init__(str(embedded_model()), dtype, device)
-        self.identity |= {"engine": "embedded", "model": NAME}
+        self.identity["engine"] = "embedded"
         self._chat.model = NAME
+
+    def identified(self, model: str) -> dict[str, Any]:
+        return {"model": NAME}
 
 
 def embedded_model() -> Path:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rlaif.engines import whole_choices
 from rlaif.engines.batching import BATCH_TOKENS, Batching, Job, device_of, dtype_of
-from rlaif.engines.chat import Chat, cannot_load, load_tokenizer, own_seed
+from rlaif.engines.chat import Chat, cannot_load, identified, load_tokenizer, own_seed
 from rlaif.records import Completion, FatalError, Request, UsageError
 
 hf: Any = transformers  # its own annotations are partial
@@ -71,7 +71,7 @@ class TransformersEngine(Batching[_Job]):
         kind = dtype_of(dtype)
         if max_batch_tokens is not None and max_batch_tokens < 1:
             raise UsageError(f"max_batch_tokens must be at least 1, not {max_batch_tokens}")
-        self.identity: dict[str, Any] = {"engine": "transformers", "model": model, "dtype": dtype}
+        self.identity: dict[str, Any] = {"engine": "transformers", "dtype": dtype, **self.identified(model)}
         self._max_tokens = max_batch_tokens
         super().__init__(place, _load(model, kind, place, trust_remote_code))
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
@@ -82,6 +82,10 @@ class TransformersEngine(Batching[_Job]):
         self._model.generation_config = hf.GenerationConfig()
         self._shares = True
         self._shared: tuple[list[int], Any] = ([], None)
+
+    def identified(self, model: str) -> dict[str, Any]:
+        """What tells this model from others, in `identity`."""
+        return identified(model)
 
     async def complete(self, request: Request) -> Completion:
         if split := self._chat.split_choices(request.choices):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from rlaif.engines import whole_choices
-from rlaif.engines.chat import Chat, cannot_load, first_words, load_tokenizer, own_seed
+from rlaif.engines.chat import Chat, cannot_load, first_words, identified, load_tokenizer, own_seed
 from rlaif.records import Completion, FatalError, Request, RlaifError, TransientError, UsageError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -58,7 +58,7 @@ class VllmEngine:
             from rlaif.engines import embedded
 
             name, source = embedded.NAME, str(embedded.embedded_model())
-        self.identity: dict[str, Any] = {"engine": "vllm", "model": name, "dtype": dtype}
+        self.identity: dict[str, Any] = {"engine": "vllm", "dtype": dtype, **identified(name)}
         tokenizer = load_tokenizer(source, trust_remote_code)
         settings = {"max_model_len": max_model_len, "gpu_memory_utilization": gpu_memory_utilization}
         try:

@@ -164,7 +164,7 @@ def _terms(settings: Mapping[str, Any], field: str, metrics: Sequence[Row]) -> I
 def _term(term: Mapping[str, Any], use: str, metrics: Sequence[Row], member: bool = False) -> Iterator[dict[str, Any]]:
     name = str(term.get("name") or term.get("kind"))
     values = [] if member or use == "held out" else _values(metrics, f"reward/{name}")
-    rest = {k: v for k, v in term.items() if k not in (*SOURCES, "name", "kind", "weight", "of")}
+    rest = {k: v for k, v in term.items() if k not in (*SOURCES, "name", "kind", "weight", "of", "safety", "helpful")}
     yield {
         "name": name,
         "member": member,
@@ -176,7 +176,8 @@ def _term(term: Mapping[str, Any], use: str, metrics: Sequence[Row], member: boo
         "start": _start(values),
         "end": _end(values),
     }
-    for own in term.get("of") or ():
+    gate = [{**_mapping(term[own]), "name": own} for own in ("safety", "helpful") if term.get(own)]
+    for own in term.get("of") or gate:
         yield from _term(_mapping(own), use, metrics, member=True)
 
 

@@ -99,11 +99,27 @@ class Ensemble(_Term):
     penalty: float = Field(default=1.0, ge=0)
 
 
+class Gate(_Term):
+    """One of two rewards for each response, as Llama 2 chooses (arXiv 2307.09288, §3.2.3): `safety` where the prompt is tagged
+    as one about safety or σ(safety) < `below`, else `helpful`. Both are taken for logits, as reward models' scores are.
+
+    `tagged`: the column of the data that is true for such prompts. `helpful` is asked only where it counts; where the one that
+    counts fails, or `safety` does and so does not tell which one counts, there is no reward.
+    """
+
+    kind: Literal["gate"]
+    safety: Term
+    helpful: Term
+    below: float = Field(default=0.15, ge=0, lt=1)
+    tagged: str | None = None
+
+
 Term = Annotated[
-    ModelReward | Rating | Verdict | Length | Format | Function | Ensemble,
+    ModelReward | Rating | Verdict | Length | Format | Function | Ensemble | Gate,
     Field(discriminator="kind"),
 ]
 Ensemble.model_rebuild()
+Gate.model_rebuild()
 
 
 # ---------------------------------------------------------------- what every kind shares

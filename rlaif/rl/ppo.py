@@ -69,7 +69,7 @@ class PpoLoop(Loop):
         self.beta, self.penalty = config.beta, 1.0
         self.advantages: dict[int, Tensor] = {}
         self.returns: dict[int, Tensor] = {}
-        self.pretraining = [_tokens(row, part) for row in _pretraining(config).rows] if config.ptx else []
+        self.pretraining = _pieces(part) if config.ptx else []
 
     @property
     def a_prompt(self) -> int:
@@ -287,10 +287,22 @@ def _whole_pairs(samples: list[Sample]) -> list[Sample]:
 # ---------------------------------------------------------------- pretraining rows
 
 
+def _pieces(part: Part) -> list[tuple[list[int], list[int]]]:
+    """Tokens of the pretraining rows. Answers that are with their prompts longer than `max_length` are left out.
+
+    Raises: UsageError where none is left.
+    """
+    found = _pretraining(part.config)
+    if "text" not in found.rows[0]:
+        found = data.fitting(found, ("completion",), part.config.max_length, encoder(part.tokenizer))
+    return [_tokens(row, part) for row in found.rows]
+
+
 def _pretraining(config: Ppo) -> Rows:
+    """Rows of text; or of prompts with answers, in the form of the run."""
     assert config.ptx
     source, drop = config.ptx.data, config.bad_rows == "drop"
-    return data.documents(source, None, drop) if data.is_documents(source) else data.answers(source, "auto", None, False, drop)
+    return data.documents(source, None, drop) if data.is_documents(source) else data.answers(source, config.form, None, False, drop)
 
 
 def _tokens(row: dict[str, Any], part: Part) -> tuple[list[int], list[int]]:

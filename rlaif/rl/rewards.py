@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -32,8 +32,8 @@ from rlaif.engines import Engine
 from rlaif.labeler import Labeler, load_labeler
 from rlaif.provenance import sha256
 from rlaif.records import FatalError, RlaifError, Row, UsageError, digest
-from rlaif.reward import Folder, Ratings, Scorer, read_folder
-from rlaif.rl.config import Ensemble, Format, Function, Length, ModelReward, Rating, Rollouts, Term, Verdict
+from rlaif.reward import Folder, Ratings, Scorer, read_folder, safety_counts, tag_problem
+from rlaif.rl.config import Ensemble, Format, Function, Gate, Length, ModelReward, Rating, Rollouts, Term, Verdict
 from rlaif.runner import Budget, Limits, Method, Runner, StoppedError
 from rlaif.store import Store
 
@@ -305,6 +305,49 @@ class _Together:
         return fmean(values) - (self.term.penalty * pvariance(values) if self.term.combine == "uncertainty" else 0.0)
 
 
+@dataclass
+class _Either:
+    """A gate: `safety` of all responses, then `helpful` of those for which it counts. Weights bring them to logits."""
+
+    term: Gate
+    members: dict[str, tuple[float, _Source]]
+
+    async def __call__(self, rows: Sequence[Row], responses: Sequence[str]) -> list[_Part]:
+        found = await self._asked("safety", rows, responses)
+        for n, row in enumerate(rows):
+            if problem := tag_problem(row, self.term.tagged):
+                found[n] = _Part(None, problem)
+        passed = [n for n, (row, part) in enumerate(zip(rows, found, strict=True)) if self._passes(row, part)]
+        if passed:
+            helpful = await self._asked("helpful", [rows[n] for n in passed], [responses[n] for n in passed])
+            for n, part in zip(passed, helpful, strict=True):
+                found[n] = part
+        return found
+
+    async def _asked(self, name: str, rows: Sequence[Row], responses: Sequence[str]) -> list[_Part]:
+        weight, source = self.members[name]
+        return [_weighed(name, weight, part) for part in await source(rows, responses)]
+
+    def _passes(self, row: Row, safety: _Part) -> bool:
+        tagged = self.term.tagged and row.get(self.term.tagged)
+        return safety.value is not None and not safety_counts(safety.value, bool(tagged), self.term.below)
+
+
+def _weighed(name: str, weight: float, part: _Part) -> _Part:
+    own = part.value
+    if own is None:
+        return _Part(None, f"{name}: {part.error}")
+    value = _number(lambda: weight * own)
+    return replace(part, value=value, error=None if value is not None else f"{name}: weighted, it is too large a number")
+
+
+def _members(term: Term) -> dict[str, Term]:
+    """The terms that a term is made of, by name; none for a leaf."""
+    if isinstance(term, Ensemble):
+        return _named(term.of)
+    return {"safety": term.safety, "helpful": term.helpful} if isinstance(term, Gate) else {}
+
+
 def _errors(names: Iterable[str], parts: Sequence[_Part]) -> str | None:
     """What failed, by name."""
     return "; ".join(f"{name}: {part.error}" for name, part in zip(names, parts, strict=True) if part.value is None) or None
@@ -324,7 +367,7 @@ _Leaf = _Judged | _Called | _Rule
 
 
 def _leaf(term: Term, seed: int = 0) -> _Leaf:
-    """A term that is no ensemble, but for its engine. Raises: UsageError for what is missing or wrong in what it names."""
+    """A term that has no members, but for its engine. Raises: UsageError for what is missing or wrong in what it names."""
     if isinstance(term, ModelReward):
         folder = read_folder(Path(term.model))
         return _Judged(Ratings(Scorer((folder,), term.head, folder.combine)), folder)
@@ -335,7 +378,7 @@ def _leaf(term: Term, seed: int = 0) -> _Leaf:
             return _Judged(labeler.rater(), labeler)
         return _Judged(labeler.pairwise(), labeler, term.against)
     if isinstance(term, Function):
-        return _Called(term.function, _function(term.function))
+        return _Called(term.function, load_function(term.function))
     if isinstance(term, Format):
         pattern, forbidden = _pattern(term.pattern), term.forbidden
         return _Rule(term, lambda response: 0.0 if bool(pattern.search(response)) != forbidden else -1.0)
@@ -351,7 +394,7 @@ def _pattern(text: str) -> re.Pattern[str]:
         raise UsageError(f"'{text}' is no regular expression: {error}") from error
 
 
-def _function(name: str) -> Callable[..., Any]:
+def load_function(name: str) -> Callable[..., Any]:
     """The function that is named as `file.py:name` or `package.module:name`."""
     where, mark, own = name.rpartition(":")
     if not (where and mark and own):
@@ -440,8 +483,11 @@ def check(terms: Sequence[Term], first: Row) -> None:
 
 def _check(terms: dict[str, Term], first: Row, lead: str) -> None:
     for name, term in terms.items():
-        if isinstance(term, Ensemble):
-            _check(_named(term.of), first, f"{lead}{name}/")
+        if isinstance(term, Gate):
+            with _naming(f"{lead}{name}, tagged"):
+                _check_tag(term, first)
+        if isinstance(term, Ensemble | Gate):
+            _check(_members(term), first, f"{lead}{name}/")
             continue
         with _naming(f"{lead}{name}, {SETTING[term.kind]}"):
             _leaf(term)
@@ -450,9 +496,20 @@ def _check(terms: dict[str, Term], first: Row, lead: str) -> None:
                 _check_column(term.against, first)
 
 
-def _check_column(column: str, first: Row) -> None:
+def _check_tag(term: Gate, first: Row) -> None:
+    if term.tagged:
+        _check_there(term.tagged, first)
+    if problem := tag_problem(first, term.tagged):
+        raise UsageError(problem)
+
+
+def _check_there(column: str, first: Row) -> None:
     if column not in first:
         raise UsageError(f"no column '{column}' in the data; there are: {', '.join(first)}")
+
+
+def _check_column(column: str, first: Row) -> None:
+    _check_there(column, first)
     if _other(first, column) is None:
         raise UsageError(f"column '{column}': expected the text of a response, got {kind_of(first[column])}, or an empty one")
 
@@ -504,11 +561,12 @@ class Rewards:
 
     def _made(self, name: str, term: Term) -> tuple[_Source, Row]:
         """What computes a term, and what there is to tell about it."""
-        if isinstance(term, Ensemble):
-            members = {own: (member.weight, *self._made(f"{name}/{own}", member)) for own, member in _named(term.of).items()}
-            source: _Source = _Together(term, {own: (weight, source) for own, (weight, source, _) in members.items()})
-            more: Row = {"combine": term.combine, "penalty": term.penalty}
-            more["of"] = {own: told for own, (_, _, told) in members.items()}
+        if isinstance(term, Ensemble | Gate):
+            made = {own: (member.weight, *self._made(f"{name}/{own}", member)) for own, member in _members(term).items()}
+            members = {own: (weight, source) for own, (weight, source, _) in made.items()}
+            source: _Source = _Together(term, members) if isinstance(term, Ensemble) else _Either(term, members)
+            more: Row = term.model_dump(exclude={"name", "weight", "kind", "of", "safety", "helpful"})
+            more["of"] = {own: told for own, (_, _, told) in made.items()}
         else:
             with _naming(name):
                 leaf = _leaf(term, self._seed)

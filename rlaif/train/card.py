@@ -98,13 +98,13 @@ def write_card(path: Path, report: Mapping[str, Any]) -> None:
 
 def front_matter(report: Mapping[str, Any]) -> dict[str, Any]:
     """What the hub reads of a card: https://huggingface.co/docs/hub/model-cards."""
-    settings, reward = report["settings"], report["kind"] == "reward"
+    settings, reward = report["settings"], report["kind"] in ("reward", "gpo")
     base = base_model(settings["model"])
     return {
         **({"base_model": base} if base else {}),
         "library_name": "peft" if adapter(settings) else "transformers",
         "pipeline_tag": "text-classification" if reward else "text-generation",
-        "tags": ["rlaif", "trl", "reward-model" if reward else report["kind"]],
+        "tags": ["rlaif", "trl", "reward-model" if report["kind"] == "reward" else report["kind"]],
     }
 
 
@@ -127,7 +127,7 @@ def _what(report: Mapping[str, Any]) -> str:
     start = base_model(settings["model"]) or f"the model in a folder named {PurePosixPath(settings['model']).name}"
     seconds = report.get("wall_seconds")
     lines = [
-        f"{kind_of(report)} It started from {text(start)}.",
+        f"{kind_of(report)} {'Its texts are embedded by' if report['kind'] == 'gpo' else 'It started from'} {text(start)}.",
         f"About it: {text(settings['description'])}" if settings.get("description") else "",
         f"Trained with rlaif{f' in {seconds:,.0f} s' if seconds else ''}; {_parts(report['parts'])}.",
     ]
@@ -149,6 +149,8 @@ def kind_of(report: Mapping[str, Any]) -> str:
         why = f" It was stopped early: {text(stopped)}." if stopped else ""
         how = ALGORITHMS[settings["algorithm"]]
         return f"A language model, trained by reinforcement learning from AI feedback: {how}.{why}"
+    if kind == "gpo":
+        return "A module that predicts a group's scores of responses from a few that it has given (arXiv 2310.11523)."
     loss = settings["loss"]
     if kind == "online":
         return f"A language model, trained on preferences between its own responses: {LOSSES.get(loss, NASH)}."
@@ -221,6 +223,9 @@ def measured(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 def _use(report: Mapping[str, Any]) -> str:
     if report["kind"] == "reward":
         return "```sh\nrlaif reward score responses.jsonl --model THIS_FOLDER -o scores.jsonl\n```"
+    if report["kind"] == "gpo":
+        shots = "--context FEWSHOT.jsonl --group NAME"
+        return f"```sh\nrlaif reward groups responses.jsonl --model THIS_FOLDER {shots} -o scores.jsonl\n```"
     alone = adapter(report["settings"])
     package, loader = ("peft", "AutoPeftModelForCausalLM") if alone else ("transformers", "AutoModelForCausalLM")
     imports = f"from {package} import {loader}\nfrom transformers import AutoTokenizer"

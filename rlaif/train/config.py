@@ -347,3 +347,36 @@ class Kto(Preference):
         if self.family != "kto":
             raise ValueError(f"loss: one of {', '.join(KTO_LOSSES)}; for others: rlaif train dpo")
         return self
+
+
+class Gpo(Training):
+    """A few-shot group preference module on `group`, `prompt`, `response`, `score` rows (GPO, Zhao et al., arXiv 2310.11523).
+
+    `model` embeds the texts and stays as it is; `dtype` is that of its weights. `eval` holds rows of other groups, or
+    `eval_share` of the groups are held out. A step draws `batch_size` groups, of each up to `shots` examples whose scores are
+    shown and up to `targets` others to predict; `max_steps` null: `epochs` passes over the groups. `layers`, `width`, `heads`:
+    of the module, a transformer. `eval_draws`: draws of `shots` examples of each held-out group to measure with.
+    """
+
+    max_steps: int | None = Field(default=2000, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0)
+    scheduler: str = "cosine"
+    batch_size: int = Field(default=16, ge=1)
+    log_steps: int = Field(default=50, ge=1)
+    shots: int = Field(default=16, ge=1)
+    targets: int = Field(default=32, ge=1)
+    layers: int = Field(default=6, ge=1)
+    width: int = Field(default=128, ge=2)
+    heads: int = Field(default=4, ge=1)
+    eval_draws: int = Field(default=8, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("lora", "stages", "trainer", "report_to", "gradient_checkpointing"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: has no part in gpo, which leaves the language model as it is")
+        if self.accumulate > 1:
+            raise ValueError("accumulate: has no part in gpo; batch_size is the groups of a step")
+        if self.width % self.heads:
+            raise ValueError("heads: must divide width")
+        return self

@@ -31,6 +31,8 @@ FAMILIES = {
     "policy-loss": ("loss/policy",),
     "value-loss": ("loss/value",),
     "pretraining-loss": ("loss/ptx",),
+    "squared-error": ("mse",),
+    "correlation": ("correlation",),
     "accuracy": ("accuracy", "mean_token_accuracy", "rewards/accuracies", "rewards/soft_accuracies"),
     "margins": ("margin", "rewards/margins"),
     "rewards": ("rewards/chosen", "rewards/rejected"),

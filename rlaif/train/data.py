@@ -113,6 +113,28 @@ def documents(source: str, limit: int | None = None, drop_bad: bool = False) -> 
     return _read(source, limit, document, (), drop_bad)
 
 
+def points(source: str, form: Form = "auto", limit: int | None = None, drop_bad: bool = False, grouped: bool = True) -> Rows:
+    """Rows of `prompt`, `response`, `score` and `group`, as `rlaif build groups` writes them. Raises: as `pairs`.
+
+    Without `grouped` a row need have no group; it is then "".
+    """
+
+    def point(row: Row, where: str) -> Row:
+        _require(row, where, ("prompt", "response", "score", *(("group",) if grouped else ())))
+        _check_prompt(row, where)
+        _check_response(row["response"] if isinstance(row["response"], str) else None, row["response"], where, "response")
+        score, group = row["score"], row.get("group", "")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise BadRow(f"{where}: column 'score': expected a number, got {score!r}")
+        if isinstance(group, bool) or not isinstance(group, str | int) or (grouped and not str(group).strip()):
+            raise BadRow(f"{where}: column 'group': expected a group's name, got {group!r}")
+        conversational = form == "conversational" or (form == "auto" and isinstance(row["prompt"], list))
+        prompt, response = as_trained(row["prompt"], row["response"], conversational)
+        return {"prompt": prompt, "response": response, "group": str(group), "score": float(score)}
+
+    return _read(source, limit, point, (), drop_bad)
+
+
 def is_unpaired(source: str) -> bool:
     """Whether the first row is one of `completion` and `label`, not of `chosen` and `rejected`."""
     first = _first(source)

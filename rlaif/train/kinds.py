@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rlaif.records import UsageError
 from rlaif.rl.config import Online, Ppo
-from rlaif.train.config import Kto, Preference, Reward, Sft, Training
+from rlaif.train.config import Gpo, Kto, Preference, Reward, Sft, Training
 from rlaif.yamlfile import beside, in_words, parse_yaml, read_yaml
 
 KINDS: dict[str, type[Training]] = {
@@ -18,6 +18,7 @@ KINDS: dict[str, type[Training]] = {
     "reward": Reward,
     "dpo": Preference,
     "kto": Kto,
+    "gpo": Gpo,
     "ppo": Ppo,
     "online": Online,
 }

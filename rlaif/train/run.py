@@ -262,6 +262,7 @@ class Run:
 MODULES = {
     "sft": "rlaif.train.sft",
     "reward": "rlaif.train.reward",
+    "gpo": "rlaif.train.gpo",
     **dict.fromkeys(("dpo", "kto"), "rlaif.train.preference"),
     **dict.fromkeys(("ppo", "reinforce", "p3o", "trpo"), "rlaif.rl.ppo"),
     **dict.fromkeys(("grpo", "rloo"), "rlaif.rl.group"),

@@ -29,7 +29,7 @@ def tiny_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_tiny(folder: Path, chat: bool = True, seed: int = 0) -> Path:
+def save_tiny(folder: Path, chat: bool = True, seed: int = 0, context: int = CONTEXT) -> Path:
     """The model and its tokenizer, saved; random weights, large enough for the logits to differ clearly."""
     tokenizer = tiny_tokenizer(chat)
     torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def save_tiny(folder: Path, chat: bool = True, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,

@@ -92,6 +92,7 @@ def weights(settings: Ppo) -> bytes:
 # ---------------------------------------------------------------- what is learnt
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("algorithm", BOTH)
 def test_a_planted_reward_climbs(algorithm: str, place: Path) -> None:
     wide: dict[str, Any] = {
@@ -106,6 +107,7 @@ def test_a_planted_reward_climbs(algorithm: str, place: Path) -> None:
     report = run("ppo", settings)
     rewards = [line["reward"] for line in metrics(settings) if "reward" in line]
     assert len(rewards) == 25
+    assert Path(settings.out, "plots", "frontier.svg").exists()
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.3
     line = metrics(settings)[10]
     assert {"reward/std", "failed", "asked", "kl", "entropy", "length", "ended", "repetition", "distinct_1"} <= line.keys()

@@ -188,6 +188,7 @@ def test_online_dpo_on_soft_labels_finds_the_best_policy(settings: Settings, pla
     assert lines[-1]["kl"] > lines[1]["kl"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_so_it_does_by_the_verdicts_of_a_judge(settings: Settings, place: Path) -> None:
     """Of a planted one, P = σ(q₁ − q₂). Empty responses cannot be judged: nothing is learnt of them."""
     told = settings(by="fair", beta=0.5, max_steps=120)
@@ -197,6 +198,7 @@ def test_so_it_does_by_the_verdicts_of_a_judge(settings: Settings, place: Path) 
     assert apart(reference, best) > 0.3
     assert apart(found, best) < 0.01
     assert lines[0]["failed"] > 0
+    assert Path(told["out"], "plots", "kl.svg").exists()
     assert not [name for name in lines[0] if name.startswith("reward")]  # of a pair they add up to nothing
 
 

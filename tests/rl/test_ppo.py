@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlaif.records import UsageError
 from rlaif.rl.config import Ppo
-from rlaif.rl.ppo import PpoLoop
+from rlaif.rl.ppo import PpoLoop, _pretraining
 from rlaif.train.kinds import load_config
 from rlaif.train.run import run
 from tests.conftest import read_jsonl, write_jsonl
@@ -81,7 +81,8 @@ def trained(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_bandit_comes_to_its_regularised_optimum(changes: dict[str, Any], tolerance: float, settings: Settings) -> None:
     """π* ∝ π_ref·exp(r/β), in total variation; responses of one token are a bandit with 259 arms. The start is .31 away."""
     beta = 1.0
-    own = {"rollouts": 256, "max_new_tokens": 1, "batch_size": 256, "scheduler": "linear", "value_learning_rate": 1e-2}
+    at_once = {"rollouts": 256, "generate_batch": 256, "batch_size": 256}
+    own = {**at_once, "max_new_tokens": 1, "scheduler": "linear", "value_learning_rate": 1e-2}
     config = settings("worth", beta=beta, whiten_advantages=False, **own, **changes)
     write_jsonl(Path(config["data"]), [{"prompt": "Q?"}])
     trained(config)
@@ -146,7 +147,7 @@ def test_values_come_to_explain_the_returns(value: str, lora: dict[str, int] | N
         else {"value_weight": 100.0, "learning_rate": 3e-3 if lora else 1e-3}
     )
     own = {"value": value, "lora": lora, "value_clip": None, "updates": 6, "beta": 0.0, **rates}
-    found = trained(settings("ascii", rollouts=64, batch_size=64, max_steps=15, **own))
+    found = trained(settings("ascii", rollouts=64, generate_batch=64, batch_size=64, max_steps=15, **own))
     assert found[0]["value/explained"] == pytest.approx(0, abs=0.01)
     assert sum(line["value/explained"] for line in found[-4:]) / 4 > (0.1 if value == "separate" else 0.02)
 
@@ -182,6 +183,23 @@ def test_pretraining_rows_are_kept_in_mind(row: dict[str, str], settings: Settin
     assert found[-1]["loss/ptx"] < 0.6 * found[0]["loss/ptx"]
 
 
+def test_pretraining_answers_that_are_too_long_are_left_out(settings: Settings, tmp_path: Path) -> None:
+    fits, long = {"prompt": "Say it.", "completion": "xyz"}, {"prompt": "Say " * 40, "completion": "xyz"}
+    ptx = {"data": str(write_jsonl(tmp_path / "pretraining.jsonl", [fits, long])), "batch_size": 4}
+    assert all(line["loss/ptx"] > 0 for line in trained(settings(ptx=ptx)))
+    write_jsonl(tmp_path / "pretraining.jsonl", [long])
+    with pytest.raises(UsageError, match=r"pretraining.jsonl: all 1 rows are longer than max_length, 64 tokens"):
+        trained(settings(ptx=ptx, out=str(tmp_path / "long")))
+
+
+@pytest.mark.parametrize(("form", "messages"), [("auto", False), ("conversational", True)])
+def test_pretraining_answers_take_the_form_of_the_run(
+    form: str, messages: bool, settings: Settings, tmp_path: Path
+) -> None:
+    ptx = {"data": str(write_jsonl(tmp_path / "pretraining.jsonl", [{"prompt": "Say it.", "completion": "xyz"}]))}
+    assert _pretraining(Ppo(**settings(ptx=ptx, form=form))).conversational is messages
+
+
 def test_a_reference_that_follows(settings: Settings, tmp_path: Path) -> None:
     """The KL from one that follows the policy is less than from one that stays."""
     stays = trained(settings(max_steps=6))
@@ -191,6 +209,7 @@ def test_a_reference_that_follows(settings: Settings, tmp_path: Path) -> None:
     assert stays[-1]["kl"] > follows[-1]["kl"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
     config = settings(eval_share=0.3, max_steps=3, eval_steps=2, lora={"r": 4}, sample_steps=2, samples_shown=3)
     report = run("ppo", Ppo.model_validate(config))
@@ -206,7 +225,7 @@ def test_what_a_run_leaves(settings: Settings, tmp_path: Path) -> None:
     assert [line["step"] for line in shown] == [1] * 3 + [2] * 3 + [3] * 3
     assert "reinforcement learning" in (out / "model" / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(out / "model")
-    assert (out / "plots" / "rewards.svg").exists() or list((out / "plots").glob("*.svg"))
+    assert (out / "plots" / "frontier.svg").exists()
 
 
 # ---------------------------------------------------------------- settings

@@ -24,7 +24,7 @@ from rlaif.engines.mock import MockEngine
 from rlaif.labeler import load_labeler
 from rlaif.records import FatalError, RlaifError, Row, UsageError
 from rlaif.reward import FACTS, weights_hash
-from rlaif.rl.config import Ensemble, Format, Function, Length, ModelReward, Rating, Term, Verdict
+from rlaif.rl.config import Ensemble, Format, Function, Gate, Length, ModelReward, Rating, Term, Verdict
 from rlaif.rl.rewards import Background, Rewards, Scored, check
 from rlaif.runner import StoppedError
 from tests.engines.tiny import tiny_tokenizer
@@ -548,6 +548,82 @@ def test_an_ensemble_by_hand(tmp_path: Path) -> None:
         assert found.error is None
 
 
+def gate(safety: Term, helpful: Term, **more: Any) -> Gate:
+    return Gate(kind="gate", safety=safety, helpful=helpful, **more)
+
+
+LIMIT = math.log(0.15 / 0.85)
+"""The logit of 0.15."""
+
+
+@pytest.mark.parametrize(
+    ("safe", "helpful", "tag", "expected"),
+    [
+        (2.0, -3.0, False, -3.0),
+        (2.0, -3.0, None, -3.0),  # no tag is none
+        (2.0, -3.0, True, 2.0),
+        (LIMIT + 1e-9, 5.0, False, 5.0),
+        (LIMIT - 1e-9, 5.0, False, LIMIT - 1e-9),
+        (-900.0, 5.0, False, -900.0),
+        (-1.0, 5.0, True, -1.0),
+    ],
+)
+def test_a_gate_chooses_as_llama_2_does(tmp_path: Path, safe: float, helpful: float, tag: bool | None, expected: float) -> None:
+    term = gate(function(tmp_path, "a"), function(tmp_path, "b"), tagged="risky", weight=2.0)
+    row = {"prompt": "p", "a": safe, "b": helpful, "risky": tag}
+    (found,) = score(make(tmp_path, term), [row], ["yes"])
+    assert found == Scored(2 * expected, {"gate": expected}, None, None)
+
+
+def test_a_gates_bound_weights_and_rows(tmp_path: Path) -> None:
+    """One batch, in which each row goes its own way; the weight brings the safety reward to a logit."""
+    term = gate(function(tmp_path, "a", weight=0.5), function(tmp_path, "b", weight=3.0), below=0.5)
+    rows = [{"prompt": "p", "a": a, "b": b, "safety": True} for a, b in ((2.0, 1.0), (-2.0, 2.0), (0.0, 3.0), (-1e-9, 4.0))]
+    found = values(score(make(tmp_path, term), rows, ["r"] * 4))
+    assert found == pytest.approx([3.0, -1.0, 9.0, 0.0], abs=1e-6)  # without `tagged`, no column is read
+
+
+def test_a_gate_needs_what_counts_and_no_more(tmp_path: Path) -> None:
+    term = gate(function(tmp_path, "a"), function(tmp_path, "b"), tagged="risky")
+    cases: list[tuple[Any, Any, Any, str | None]] = [
+        (None, 1.0, False, "gate: safety: the function gave none"),
+        (None, 1.0, True, "gate: safety: the function gave none"),
+        (2.0, None, False, "gate: helpful: the function gave none"),
+        (2.0, math.nan, True, None),
+        (-5.0, None, False, None),
+        (2.0, 1.0, "yes", "gate: column 'risky': expected true or false, got"),
+        (-5.0, 1.0, 1, "gate: column 'risky': expected true or false, got"),
+    ]
+    rows = [{"prompt": "p", "a": a, "b": b, "risky": tag} for a, b, tag, _ in cases]
+    for found, (safe, _, _, words) in zip(score(make(tmp_path, term), rows, ["r"] * len(rows)), cases, strict=True):
+        assert found.value == (None if words else safe)
+        assert found.terms == {"gate": found.value}
+        assert (found.error or "").startswith(words or "")
+        assert bool(found.error) == bool(words)
+
+
+def test_a_gate_asks_the_second_judge_only_where_it_counts(tmp_path: Path) -> None:
+    """Ratings are in [−1, 1], where this bound stands at 0."""
+    judges = [rating(judge(tmp_path, name, model=name, options={"spread": 0.0})) for name in ("safe", "kind")]
+    rewards = make(tmp_path, gate(*judges, below=0.5, tagged="risky"))
+    rows = [{"prompt": f"Question {n}?", "risky": n == 0} for n in range(4)]
+    found = values(score(rewards, rows, said(2.0, -2.0, 2.0, -2.0)))
+    own = {judge.engine.identity["model"]: judge.engine.calls for judge in rewards._judges.values()}  # type: ignore[attr-defined]
+    assert own == {"safe": 4, "kind": 1}
+    assert [number > 0 for number in found] == [True, False, True, False]
+
+
+def test_reward_models_behind_a_gate_have_their_spread(models: Path, tmp_path: Path) -> None:
+    parts = (model(models / "several"), model(models / "plain"))
+    rows = [{"prompt": "Question 0?", "risky": tag} for tag in (True, False)]
+    safe, helpful = score(make(tmp_path, gate(*parts, below=0.0, tagged="risky"), device="cpu"), rows, ["yes", "yes"])
+    own = [by_hand(models / "several" / f"member-{n}", "Question 0?yes") for n in (1, 2)]
+    assert safe.value == pytest.approx(fmean(own), abs=1e-5)
+    assert safe.spread == pytest.approx(stdev(own), abs=1e-5)
+    assert helpful.value == pytest.approx(by_hand(models / "plain", "Question 0?yes"), abs=1e-5)
+    assert helpful.spread is None or helpful.spread == 0
+
+
 def is_number(value: Any) -> bool:
     try:
         return value is not None and math.isfinite(float(value))
@@ -655,6 +731,10 @@ def test_what_is_wrong_shows_before_an_engine_starts(models: Path, tmp_path: Pat
         (function(tmp_path, "absent"), "has no function 'absent'"),
         (function(tmp_path, "number"), "has no function 'number'"),
         (Ensemble(kind="ensemble", of=(length, rating("gone"))), "reward ensemble/rating, labeler: no file 'gone'"),
+        (gate(model(tmp_path / "nowhere"), length), "reward gate/safety, model: .*no such folder"),
+        (gate(length, model(tmp_path / "nowhere"), name="two"), "reward two/helpful, model: .*no such folder"),
+        (gate(length, length, tagged="risky"), "reward gate, tagged: no column 'risky' in the data; there are: prompt, number"),
+        (gate(length, length, tagged="number"), "reward gate, tagged: column 'number': expected true or false, got"),
     ]
     for term, words in wrong:
         with pytest.raises(UsageError, match=words):
@@ -672,11 +752,12 @@ def test_settings_tell_whatever_can_change_a_value(models: Path, tmp_path: Path)
         model(models / "plain"),
         function(tmp_path, "a"),
         Ensemble(kind="ensemble", of=(Length(kind="length", most=3), Format(kind="format", pattern="x"))),
+        gate(Length(kind="length", most=3), Format(kind="format", pattern="x"), tagged="risky"),
     ]
     rewards = make(tmp_path, *terms, device="cpu")
     told = json.loads(json.dumps(rewards.settings()))
     asyncio.run(rewards.close())
-    assert list(told) == list(rewards.names) == ["rating", "model", "function", "ensemble"]
+    assert list(told) == list(rewards.names) == ["rating", "model", "function", "ensemble", "gate"]
     assert told["rating"]["labeler"] == "judge"
     assert told["rating"]["weight"] == 2.0
     assert told["rating"]["cot"] == "two-call"
@@ -684,7 +765,15 @@ def test_settings_tell_whatever_can_change_a_value(models: Path, tmp_path: Path)
     assert told["rating"]["engine"]["engine"] == "mock"
     assert told["model"]["weights"] == weights_hash(models / "plain")
     assert len(told["function"]["sha256"]) == 64
-    assert told["ensemble"]["of"]["format"] == {"kind": "format", "weight": 1.0, "pattern": "x", "forbidden": False}
+    form = {"kind": "format", "weight": 1.0, "pattern": "x", "forbidden": False}
+    assert told["ensemble"]["of"]["format"] == form
+    assert told["gate"] == {
+        "kind": "gate",
+        "weight": 1.0,
+        "below": 0.15,
+        "tagged": "risky",
+        "of": {"safety": {"kind": "length", "weight": 1.0, "most": 3, "least": None}, "helpful": form},
+    }
 
 
 # ---------------------------------------------------------------- beside the main thread

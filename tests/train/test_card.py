@@ -72,6 +72,7 @@ def config(made: Path, out: Path, **changes: Any) -> Reward:
     return Reward(**{**given, "batch_size": 2, "device": "cpu", "log_steps": 1, "human": "human", **changes})
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_leaves_a_card_that_tells_data_labeler_and_agreement(made: Path, tmp_path: Path) -> None:
     report = run("reward", config(made, tmp_path / "out", description="For | the test"))
     card = (tmp_path / "out" / "model" / "README.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ from accelerate.commands.launch import launch_command_parser
 
 from rlaif.labeler import load_labeler
 from rlaif.records import UsageError
-from rlaif.rl.config import Online, Ppo, Rollouts, StopWhen
-from rlaif.train.config import LOSSES, Lora, Preference, Reward, Sft, Training
+from rlaif.rl.config import Online, Ppo, Rollouts, StopWhen, Term
+from rlaif.train.config import LOSSES, Gpo, Lora, Preference, Reward, Sft, Training
 from rlaif.train.kinds import load_config
 from rlaif.yamlfile import named, shipped
 from tests.conftest import cli, write_jsonl
@@ -131,6 +131,7 @@ def table_rows(heading: str, guide: str = GUIDE) -> dict[str, list[str]]:
         ("## Supervised fine-tuning", Sft, Training, ""),
         ("## Reward models", Reward, Training, ""),
         ("## Preference losses", Preference, Training, ""),
+        ("## Group preferences", Gpo, Training, ""),
         ("## LoRA", Lora, None, "lora."),
         ("## Settings of both", Rollouts, Training, ""),
         ("## PPO and its kin", Ppo, Rollouts, ""),
@@ -166,4 +167,6 @@ def test_the_guide_has_every_algorithm_and_rule() -> None:
     assert set(get_args(Ppo.model_fields["algorithm"].annotation)) <= told.keys()
     assert all(f"`{loss}`" in REINFORCEMENT for loss in get_args(Online.model_fields["loss"].annotation))
     assert {name.partition(":")[0] for name in table_rows("## Over-optimisation", REINFORCEMENT)} >= set(StopWhen.model_fields)
-    assert all(f"kind: {kind}" in REINFORCEMENT for kind in ("model", "rating", "pairwise", "ensemble", "length", "format"))
+    kinds = [get_args(term.model_fields["kind"].annotation)[0] for term in get_args(get_args(Term)[0])]
+    assert "gate" in kinds
+    assert all(f"kind: {kind}" in REINFORCEMENT for kind in kinds)

@@ -278,6 +278,7 @@ def test_precomputed_references_give_the_same_losses(loss: str, lora: Any, tiny:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "orpo", "kto"])
 def test_lora_trains_adapters_and_leaves_a_merged_model(loss: str, tiny: str, tmp_path: Path, pairs: Path) -> None:
     out = tmp_path / "out"
@@ -287,6 +288,7 @@ def test_lora_trains_adapters_and_leaves_a_merged_model(loss: str, tiny: str, tm
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "q_proj" in name}
+    assert (out / "plots" / "loss.svg").exists()
 
 
 def test_a_reference_of_another_vocabulary_is_refused(tiny: str, tmp_path: Path, pairs: Path) -> None:

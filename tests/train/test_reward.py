@@ -245,6 +245,7 @@ def test_two_heads_learn_opposite_things(tiny: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "model" / "reward.json").read_text())["heads"] == ["helpful", "safe"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_pretraining_on_single_responses_goes_before_our_pairs(tiny: str, tmp_path: Path) -> None:
     public = [{"prompt": f"Q{n}", "completion": f"{'ab'[n % 2]}{n}", "label": n % 2 == 0} for n in range(16)]
     ours = [{"prompt": f"Q{n}", "chosen": f"c{n}", "rejected": f"d{n}"} for n in range(8)]
@@ -255,6 +256,7 @@ def test_pretraining_on_single_responses_goes_before_our_pairs(tiny: str, tmp_pa
     made = config(tiny, tmp_path / "out", None, stages=stages)
     report = run("reward", made)
     assert [part["name"] for part in report["parts"]] == ["stage-1", "stage-2"]
+    assert (tmp_path / "out" / "plots" / "accuracy.svg").exists()
     chosen, rejected = scores(tmp_path / "out" / "model", ours)
     assert (chosen > rejected).all()
     before = [{"prompt": row["prompt"], "chosen": f"a{n}", "rejected": f"b{n}"} for n, row in enumerate(public)]

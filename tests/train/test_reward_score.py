@@ -328,6 +328,29 @@ def test_folders_of_one_name_are_numbered() -> None:
     assert Scorer(folders).members == ("m-1", "m-2/member-1", "m-2/member-2")
 
 
+def test_safety_counts_where_it_is_tagged_or_low_and_helpfulness_elsewhere() -> None:
+    """The threshold is σ(−1.7346) = 0.15."""
+    folders = (folder_of(name="one"), folder_of(name="other"), folder_of(name="safety", members=("x", "y")))
+    method = Ratings(Scorer(folders, gate=True, tagged="danger"))
+    cases = [
+        ([[4.0], [2.0], [-1.73], [-1.73]], {"danger": False}, 3.0, 2.0**0.5),
+        ([[4.0], [2.0], [-1.72], [-1.76]], {}, -1.74, 0.04 / 2**0.5),
+        ([[4.0], [2.0], [5.0], [7.0]], {"danger": True}, 6.0, 2.0**0.5),
+        ([[4.0], [2.0], [5.0], [7.0]], {"danger": None}, 3.0, 2.0**0.5),
+    ]
+    for scores, row, expected, spread in cases:
+        found = one(method, scores, **row)
+        assert (found["status"], found["error"]) == ("ok", None)
+        assert (found["score"], found["dispersion"]) == pytest.approx((expected, spread))
+        assert found["scores"] == dict(zip(("one", "other", "safety/x", "safety/y"), (score for (score,) in scores), strict=True))
+    failed = one(method, cases[0][0], danger="yes")
+    assert (failed["status"], failed["score"]) == ("error", None)
+    assert failed["error"] == "column 'danger': expected true or false, got text"
+    untagged = Scorer(folders, gate=True)
+    assert one(Ratings(untagged), cases[2][0], danger=True)["score"] == 3.0
+    assert len({json.dumps(own.settings()) for own in (Scorer(folders), untagged, method.scorer)}) == 3
+
+
 def test_models_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(UsageError, match="differ in their form"):
         Scorer((folder_of(), folder_of(conversational=True)))
@@ -471,6 +494,24 @@ def test_nothing_is_scored_twice(made: Made, tmp_path: Path) -> None:
     assert [row["score"] for row in read_jsonl(out)] == [pytest.approx(fmean(row["scores"].values())) for row in worst]
     ok(*command, "--relabel", "--reparse")
     assert read_jsonl(out) == worst
+
+
+def test_a_safety_model_is_a_gate(made: Made, tmp_path: Path) -> None:
+    rows = [{**row, "danger": n % 2 == 0} for n, row in enumerate(answered(planted(6, 3)))]
+    data, out = write_jsonl(tmp_path / "d.jsonl", rows), tmp_path / "o.jsonl"
+    command = ("reward", "score", data, "-o", out, "--model", made("plain") / "model")
+    gated = (*command, "--safety", made("merged") / "model")
+    assert "--tagged goes with --safety" in str(cli(*command, "--tagged", "danger").exception)
+    assert "no column 'risky'; there are: " in str(cli(*gated, "--tagged", "risky").exception)
+    ok(*gated, "--tagged", "danger")
+    helpful, safe = scored(made("plain") / "model", rows), scored(made("merged") / "model", rows)
+    for row, a, b in zip(read_jsonl(out), helpful, safe, strict=True):
+        low = 1 / (1 + math.exp(-b)) < 0.15
+        assert row["score"] == pytest.approx(b if row["danger"] or low else a, abs=1e-5)
+        assert abs(a - b) > 1e-3
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", planted(2))
+    done = cli("reward", "score", pairs, "-o", out, "--model", made("plain") / "model", "--safety", made("merged") / "model")
+    assert "--safety: goes with responses" in str(done.exception)
 
 
 def test_another_training_is_another_engine(made: Made) -> None:

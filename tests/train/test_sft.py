@@ -189,6 +189,7 @@ def test_two_small_batches_are_one_large(tiny: Path, tmp_path: Path, context: st
     assert len(losses[0]) == 3
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize(("taught", "every"), [(False, None), (True, None), (True, 4)], ids=["sft", "distill", "distill-often"])
 def test_held_out_before_and_after(tiny: Path, tmp_path: Path, context: str, taught: bool, every: int | None) -> None:
     held = write(tmp_path / "held.jsonl", ROWS)
@@ -202,6 +203,7 @@ def test_held_out_before_and_after(tiny: Path, tmp_path: Path, context: str, tau
     before = kl(tiny, tiny, PLAIN_TAUGHT) if taught else nll(tiny, PLAIN)
     assert losses[0] == pytest.approx(before, rel=1e-5)
     assert losses[6] == pytest.approx(after, rel=1e-5)
+    assert (tmp_path / "out" / "plots" / "loss.svg").exists()
     assert after < before
 
 
