@@ -52,9 +52,7 @@ def score(
         Path | None,
         typer.Option(metavar="DIR", help="A safety model, whose score counts where it is low, or --tagged says so (Llama 2)."),
     ] = None,
-    tagged: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="With --safety: true for prompts about safety.")
-    ] = None,
+    tagged: Annotated[str | None, typer.Option(metavar="COLUMN", help="With --safety: true for prompts about safety.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format (default: bf16 on a GPU, else fp32).")] = None,
     device: Annotated[str | None, typer.Option(help="As torch names it (default: a GPU where there is one).")] = None,
     trust_remote_code: Annotated[

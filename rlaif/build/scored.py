@@ -93,9 +93,7 @@ def chosen_answers(rows: Iterable[Row], build: Build, column: str = "score") -> 
     ]
 
 
-def rest(
-    rows: Iterable[Row], build: Build, threshold: float, column: str = "score", most: int | None = None
-) -> Iterator[Row]:
+def rest(rows: Iterable[Row], build: Build, threshold: float, column: str = "score", most: int | None = None) -> Iterator[Row]:
     """One Improve step of ReST (Gulcehre et al., arXiv 2308.08998): the responses whose score is at least a threshold.
 
     `id`, `prompt`, `completion`, `score`. The paper raises the threshold from step to step within one Grow step, each

@@ -298,11 +298,11 @@ class _Reader:
         """The name by which the command is to know a file; None for what is none."""
         if not (alone or _is_path(text)) or text.startswith("-"):
             return None
-        text = text.removeprefix("./")
+        inside = text.removeprefix("./")
         for step in self.before:
-            if any(f"{text}/".startswith(f"{own}/") for own in step.makes):
-                uses[text] = step.name
-                return text
+            if any(f"{inside}/".startswith(f"{own}/") for own in step.makes):
+                uses[inside] = step.name
+                return inside
         outside = self.path.parent / text
         if _is_path(text) and outside.exists():
             near = os.path.relpath(outside.resolve(), self.folder.resolve())

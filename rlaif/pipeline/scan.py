@@ -209,7 +209,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, str]]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        yield "schema", str(file.metadata.metadata or "")
         yield "schema", file.schema_arrow.to_string(truncate_metadata=False)
     for number, (_, row) in enumerate(read_rows(str(path)), 1):
         yield f"row {number}", json.dumps(row, ensure_ascii=False, default=str)

@@ -302,7 +302,9 @@ def _pretraining(config: Ppo) -> Rows:
     """Rows of text; or of prompts with answers, in the form of the run."""
     assert config.ptx
     source, drop = config.ptx.data, config.bad_rows == "drop"
-    return data.documents(source, None, drop) if data.is_documents(source) else data.answers(source, config.form, None, False, drop)
+    if data.is_documents(source):
+        return data.documents(source, None, drop)
+    return data.answers(source, config.form, None, False, drop)
 
 
 def _tokens(row: dict[str, Any], part: Part) -> tuple[list[int], list[int]]:

@@ -118,6 +118,7 @@ def test_a_models_card_tells_its_steps_labelers_and_cost_and_twice_gives_the_sam
     assert "(column human, rows of measured.jsonl)" in found[0]
     assert "was not measured" not in found[0]
     assert "| sample | planted (mock) | sample |" in found[0]
+    assert "| rank | planted (mock)" not in found[0]
     calls = told["sample"]["usage"]["calls"] + told["rank"]["usage"]["calls"]
     assert f"| in all | {calls} |" in found[0]
     done("card", out)
@@ -451,6 +452,8 @@ def test_a_value_of_the_environment_is_found_wherever_it_stands(
 
 def test_secrets_in_a_parquet_files_schema_and_in_a_files_name_are_found(tmp_path: Path) -> None:
     assert scanned(tmp_path, "train.parquet", as_schema(TOKEN))
+    mine = "it's \\ mine \"é"
+    assert scanned(tmp_path, "train.parquet", as_schema(mine), Scanner({mine: "the value of X_KEY"}, ()))
     with pytest.raises(UsageError, match="a file is named as a secret") as error:
         scanned(tmp_path, f"{TOKEN}.json", "{}")
     assert TOKEN not in str(error.value)

@@ -193,9 +193,7 @@ def test_pretraining_answers_that_are_too_long_are_left_out(settings: Settings, 
 
 
 @pytest.mark.parametrize(("form", "messages"), [("auto", False), ("conversational", True)])
-def test_pretraining_answers_take_the_form_of_the_run(
-    form: str, messages: bool, settings: Settings, tmp_path: Path
-) -> None:
+def test_pretraining_answers_take_the_form_of_the_run(form: str, messages: bool, settings: Settings, tmp_path: Path) -> None:
     ptx = {"data": str(write_jsonl(tmp_path / "pretraining.jsonl", [{"prompt": "Say it.", "completion": "xyz"}]))}
     assert _pretraining(Ppo(**settings(ptx=ptx, form=form))).conversational is messages
 

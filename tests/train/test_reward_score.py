@@ -342,7 +342,8 @@ def test_safety_counts_where_it_is_tagged_or_low_and_helpfulness_elsewhere() -> 
         found = one(method, scores, **row)
         assert (found["status"], found["error"]) == ("ok", None)
         assert (found["score"], found["dispersion"]) == pytest.approx((expected, spread))
-        assert found["scores"] == dict(zip(("one", "other", "safety/x", "safety/y"), (score for (score,) in scores), strict=True))
+        assert list(found["scores"]) == ["one", "other", "safety/x", "safety/y"]
+        assert [[score] for score in found["scores"].values()] == scores
     failed = one(method, cases[0][0], danger="yes")
     assert (failed["status"], failed["score"]) == ("error", None)
     assert failed["error"] == "column 'danger': expected true or false, got text"
