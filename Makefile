@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo bench-train bench-ppo clean
+.PHONY: demo test smoke setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo proof-pipelines bench-train bench-ppo clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -91,6 +91,16 @@ proof-ppo: setup
 	$(BIN)/rlaif train ppo ppo $(RL) --set learning_rate=5e-4 --set beta=0.02 --set 'reward=[{kind: model, model: $(OUT)/reward-hh/model}]' --set out=$(OUT)/ppo-reward
 	$(BIN)/rlaif report $(OUT)/ppo-judge -o $(OUT)/ppo-judge.html
 	$(BIN)/rlaif report $(OUT)/ppo-reward -o $(OUT)/ppo-reward.html
+
+# Every recipe in its smoke size on the embedded model, from prompts to report, with the time of each: nightly, about an hour.
+# Goes on where it stopped.
+smoke: setup
+	$(BIN)/python benchmarks/smoke.py --out $(OUT)/smoke --json benchmarks/smoke.json
+
+# Two recipes with the embedded model at a size of half an hour each.
+proof-pipelines: setup
+	$(BIN)/rlaif run constitutional-full --size embedded -o $(OUT)/constitutional-full
+	$(BIN)/rlaif run clair-apo --size embedded -o $(OUT)/clair-apo
 
 # Step times of our trainers against TRL's own, as ratios: ten minutes on an idle machine.
 bench-train: setup

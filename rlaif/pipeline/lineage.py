@@ -107,12 +107,13 @@ class Hashes:
         return digest([self._file(path), *map(self._file, others)]) if others else self._file(path)
 
     def _file(self, path: Path) -> str | None:
-        found, known = path.stat(), self._known.get(str(path))
+        name = os.path.relpath(path, self.folder)
+        found, known = path.stat(), self._known.get(name)
         if known and known[:2] == [found.st_size, found.st_mtime_ns]:
             return str(known[2])
         own = sha256(path)
         if time.time_ns() - found.st_mtime_ns > UNSETTLED:
-            self._known[str(path)] = [found.st_size, found.st_mtime_ns, own]
+            self._known[name] = [found.st_size, found.st_mtime_ns, own]
         return own
 
 

@@ -277,7 +277,8 @@ class _Reader:
     def _check_names(self, makes: Sequence[str]) -> None:
         made = {own: step.name for step in self.before for own in step.makes}
         for own in makes:
-            if Path(own).is_absolute() or ".." in Path(own).parts or own.startswith((".", "logs/")) or own in RESERVED:
+            parts = Path(own).parts
+            if Path(own).is_absolute() or ".." in parts or own.startswith(".") or parts[0] in RESERVED:
                 raise UsageError(f"{self._what}: -o {own}: a name in the run's folder, other than {', '.join(RESERVED)}")
             for other, step in made.items():
                 if f"{own}/".startswith(f"{other}/") or f"{other}/".startswith(f"{own}/"):
@@ -317,7 +318,7 @@ def _as_word(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-RESERVED = ("lineage.json", "README.md")
+RESERVED = ("lineage.json", "README.md", "cards", "logs", "replaced")
 """Names in a run's folder that are the pipeline's own."""
 
 

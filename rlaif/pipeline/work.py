@@ -183,6 +183,8 @@ class Work:
             words += self._make_way(step)
         elif step.trains and any((self.folder / name / TRAINED).exists() for name in step.makes):
             words.append("--resume")
+        for name in step.makes:
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         started = time.time()
         self._write(step, inputs, own, "running", None, started)
         ended = steps.run(words, self.folder, self.folder / LOGS / f"{step.name}.txt")

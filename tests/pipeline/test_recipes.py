@@ -16,12 +16,15 @@ from tests.conftest import write_jsonl
 from tests.pipeline.conftest import Run
 
 NAMES = listed("pipelines")
-ISSUE = """rlaif-distilled rlaif-direct rlaif-same-size constitutional-sl constitutional-rl constitutional-full clair-apo instructgpt
-llama2 rest rest-em rs-dpo rso sdpo kto orpo simpo slic-hf grpo online-dpo nash-md bpo urial icdpo gpo discopop context-distillation"""
+SYSTEMS = """
+rlaif-distilled rlaif-direct rlaif-same-size constitutional-sl constitutional-rl constitutional-full clair-apo
+instructgpt llama2 rest rest-em rs-dpo rso sdpo kto orpo simpo slic-hf grpo online-dpo nash-md bpo urial icdpo gpo discopop
+context-distillation
+"""
 
 
 def test_all_systems_have_a_recipe() -> None:
-    assert set(ISSUE.split()) <= set(NAMES)
+    assert set(SYSTEMS.split()) <= set(NAMES)
 
 
 def changed(settings: dict[str, Value], tiny: Path, labeler: Path) -> list[str]:
@@ -45,7 +48,7 @@ def _in_place(name: str, value: Value, tiny: str, labeler: str) -> str | None:
 def test_a_recipe_runs_from_prompts_to_report(name: str, tmp_path: Path, tiny: Path, labeler: Path, run: Run) -> None:
     path = shipped("pipelines") / f"{name}.yaml"
     written = load(Recipe, path)
-    assert list(written.sizes)[0] == "smoke"
+    assert next(iter(written.sizes)) == "smoke"
     settings = {**written.settings, **written.sizes["smoke"]}
     lineage = run(path, tmp_path / "out", changed(settings, tiny, labeler))
     assert {own["status"] for own in lineage.steps.values()} == {"done"}

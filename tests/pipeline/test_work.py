@@ -36,7 +36,7 @@ steps:
   agreement: align labels.jsonl --human human -o agreement.json
   pairs: pairs labels.jsonl -o train.jsonl --min-confidence ${confidence}
   check: check train.jsonl -o check.json
-  report: report labels.jsonl others.jsonl -o report.html
+  report: report labels.jsonl others.jsonl -o pages/report.html
 """
 
 
@@ -174,7 +174,8 @@ def test_a_labeler_that_was_not_measured_is_said_to_be_none(asked: Path, run: Ru
 def test_nothing_that_is_written_down_holds_a_path_of_this_machine(asked: Path, run: Run) -> None:
     lineage = run(asked, asked.parent / "out", [f"judge={asked.parent / 'judge.yaml'}"])
     assert str(asked.parent) not in (lineage.folder / "lineage.json").read_text()
-    assert str(asked.parent) not in "".join(path.read_text() for path in lineage.folder.glob("*.run.json"))
+    told = [*lineage.folder.glob("*.run.json"), lineage.folder / ".hashes.json"]
+    assert str(asked.parent) not in "".join(path.read_text() for path in told)
 
 
 def test_a_run_in_a_folder_of_somebody_else_is_refused(asked: Path, run: Run) -> None:
