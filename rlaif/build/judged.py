@@ -11,6 +11,9 @@ from rlaif.data import as_text
 from rlaif.pairs import training_pairs
 from rlaif.records import Row, UsageError
 
+AFTER = "after"
+"""The column of `comparisons` that tells which side the later model's response stands on."""
+
 
 def rl_cai(
     rows: Iterable[Row], human: Sequence[Row], column: str, build: Build, ratio: float | None = None, drop_ties: bool = False
@@ -103,7 +106,7 @@ def comparisons(before: Sequence[Row], after: Sequence[Row], build: Build) -> It
     for name, prompt, one, other in _joined({"before": before, "after": after}, build):
         side = "a" if build.draw(prompt, one, other).random() < 0.5 else "b"
         a, b = (other, one) if side == "a" else (one, other)
-        yield {"id": name, "prompt": prompt, "response_a": a, "response_b": b, "after": side}
+        yield {"id": name, "prompt": prompt, "response_a": a, "response_b": b, AFTER: side}
 
 
 def _joined(files: dict[str, Sequence[Row]], build: Build) -> Iterator[tuple[str, Any, str, str]]:

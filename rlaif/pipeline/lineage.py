@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlaif import __version__
+from rlaif.build.judged import AFTER
 from rlaif.data import atomic, run_path
 from rlaif.pipeline.recipe import PART, Step
 from rlaif.provenance import AGREEMENT, read_run, sha256
@@ -168,9 +169,14 @@ def facts(folder: Path, step: Step) -> dict[str, Any]:
     return {
         "asked": asked,
         "usage": {name: _sum(own.get(name) for own in usage) for name in USAGE} if usage else None,
-        "agreement": [own for name in step.makes for own in _agreement(folder / name)] if step.command == "align" else [],
+        "agreement": [own for name in step.makes for own in _agreement(folder / name)] if _measures(step) else [],
         "rows": next((run["rows"] for run in runs if isinstance(run.get("rows"), int)), None),
     }
+
+
+def _measures(step: Step) -> bool:
+    """Whether the step measures labels against people's; against AFTER it tells how often one model's responses win."""
+    return step.command == "align" and AFTER not in step.words
 
 
 def _run_of(out: Path) -> dict[str, Any] | None:

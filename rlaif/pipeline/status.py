@@ -107,7 +107,8 @@ def _agreement(lineage: Lineage, asked: Mapping[str, Any]) -> Iterator[dict[str,
 
 def _core(asked: Mapping[str, Any]) -> dict[str, Any]:
     """How a labeler judges, whatever it is given to judge."""
-    return {name: value for name, value in asked.items() if name not in ("name", "method", "seed")}
+    apart = ("name", "method", "seed", "kind", "weight", "against")
+    return {name: value for name, value in asked.items() if name not in apart}
 
 
 def _human(words: list[str]) -> str:

@@ -204,15 +204,14 @@ class Work:
 
     def _make_way(self, step: Step) -> list[str]:
         """Before a step makes its outputs anew: what its command has to be told of the old ones."""
-        if step.asks:
+        there = [name for name in step.makes if (self.folder / name).exists()]
+        if step.asks and all((self.folder / f"{name}.store").exists() for name in there):
             return ["--relabel"]
-        if step.trains:
-            for name in step.makes:
-                if (self.folder / name).exists():
-                    away = self.folder / REPLACED / f"{name.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
-                    away.parent.mkdir(exist_ok=True)
-                    (self.folder / name).rename(away)
-                    self._say(f"{name}: the one that was there is now {REPLACED}/{away.name}")
+        for name in there if step.trains or step.asks else ():
+            away = self.folder / REPLACED / f"{name.replace('/', '-')}-{time.strftime('%Y%m%dT%H%M%S')}"
+            away.parent.mkdir(exist_ok=True)
+            (self.folder / name).rename(away)
+            self._say(f"{name}: the one that was there is now {REPLACED}/{away.name}")
         return []
 
     def _write(

@@ -283,6 +283,16 @@ def test_a_changed_setting_trains_anew_and_keeps_what_was_there(trained: Path, r
     assert read_jsonl(folder / "answers.jsonl") != answers  # the new model's, though its folder has the same name
 
 
+def test_a_step_may_become_another_command_with_the_same_output(asked: Path, run: Run) -> None:
+    folder = asked.parent / "out"
+    scores = asked.parent / "scores.yaml"
+    cli("label", asked.parent / "rows.jsonl", "-o", asked.parent / "labels.jsonl", "--engine", "mock")
+    for command in ("pairs labels.jsonl", "sample rows.jsonl --engine mock", "label rows.jsonl --engine mock"):
+        scores.write_text(f"steps: {{a: {command} -o made.jsonl}}")
+        assert run(scores, folder).steps["a"]["status"] == "done"
+    assert "soft_label" in read_jsonl(folder / "made.jsonl")[0]
+
+
 def test_ctrl_c_ends_the_step_at_work_and_the_same_command_goes_on(trained: Path, run: Run) -> None:
     folder = trained.parent / "out"
     with started(trained, folder) as process:
