@@ -111,7 +111,7 @@ class MockEngine:
         if draw < self.refuse + self.garbage:
             return self._said(request, fate.choice(GARBAGE), tokens)
         spoken = random.Random(digest([self.seed, request.messages, request.sample, request.seed, request.temperature]))
-        if text := self._written(hint, spoken):
+        if text := self._written(hint, spoken, request.prefix):
             return Completion(text, None, None, "stop", None, tokens, len(text) // 4, logprob=-len(text) / 4)
         chances = self._chances(hint, request.choices, fate, spoken if request.temperature else None)
         if not request.choices:
@@ -128,8 +128,11 @@ class MockEngine:
             raise NoLogprobsError("mock engine: no log-probabilities")
         return Completion(text, {} if request.choices else None, None, "stop", None, tokens, len(text) // 4)
 
-    def _written(self, hint: Mapping[str, Any], draw: random.Random) -> str | None:
-        """Free text: a rationale, a sampled response, a critique, or a revision that is better by `step`."""
+    def _written(self, hint: Mapping[str, Any], draw: random.Random, begun: str) -> str | None:
+        """Free text: a rationale, a sampled response, a critique, or a revision that is better by `step`.
+
+        An answer that is begun with both of CLAIR's section names goes on with the second section.
+        """
         form, text = hint.get("form"), str(hint.get("text", ""))
         better = f"{PLANTED.sub('', text).strip()} [q={round(self._quality(text) + self.step, 6)}]"
         texts = {
@@ -139,7 +142,7 @@ class MockEngine:
             "revision": better,
             "clair": f"{{teacher_reasoning}}: it could be better.\n\n{{corrected_student_solution}}:\n{better}",
         }
-        return texts.get(str(form))
+        return better if form == "clair" and "{corrected_student_solution}" in begun else texts.get(str(form))
 
     def _speak(self, chances: dict[str, float], hint: Mapping[str, Any], draw: random.Random | None) -> str:
         likely = max(chances, key=lambda c: chances[c])

@@ -130,7 +130,8 @@ class _Rehearsal:
         words = self._words(step)
         parsed = parse(words, step.name)
         limit = parsed.values.get("limit")
-        scales = [self._outside(name, limit) if maker is None else self.scales[maker] for name, maker in step.uses.items()]
+        rows = {name: maker for name, maker in step.uses.items() if name.endswith(SUFFIXES)}
+        scales = [self._outside(name, limit) if maker is None else self.scales[maker] for name, maker in rows.items()]
         known = [scale for scale in scales if scale is not None]
         scale = max(known, default=1.0) if None not in scales else None
         self.scales[step.name] = scale
@@ -171,8 +172,6 @@ class _Rehearsal:
 
     def _outside(self, name: str, limit: int | None) -> float:
         """How many of a file's rows stand for one that is rehearsed with."""
-        if not name.endswith(SUFFIXES):
-            return 1.0
         rows = sum(1 for _ in islice(read_rows(str((self.work.folder / name).resolve())), limit))
         return max(rows / ROWS, 1.0)
 

@@ -15,6 +15,7 @@ from typing import Any
 from rlaif import __version__
 from rlaif.build.judged import AFTER
 from rlaif.data import atomic, run_path
+from rlaif.engines import ENGINES
 from rlaif.pipeline.recipe import PART, Step
 from rlaif.provenance import AGREEMENT, read_run, sha256
 from rlaif.records import UsageError, digest
@@ -143,7 +144,7 @@ def _is_file(path: Path) -> bool:
 @cache
 def code() -> dict[str, str]:
     """The package's version, and a hash over its code, templates, constitutions, labelers and configs."""
-    folders = [PACKAGE, *(shipped(kind) for kind in ("prompts", "constitutions", "labelers", "pipelines"))]
+    folders = [PACKAGE, *(shipped(kind) for kind in ("prompts", "constitutions", "labelers", "pipelines/train"))]
     files = {path for folder in folders for path in folder.rglob("*") if path.suffix in (*TELLING, ".txt")}
     hashes = [[path.name, sha256(path)] for path in sorted(files)]
     return {"rlaif": __version__, "sha256": digest(hashes)}
@@ -205,8 +206,10 @@ def _judges(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _usage(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    judged = (run.get("evaluation") or {}).get("judged")
-    own = run.get("all_runs") or judged
+    """None where nothing but models of the run's own was asked, as reward models are."""
+    if not any(asked["engine"]["engine"] in ENGINES for asked in _asked(run)):
+        return None
+    own = run.get("all_runs") or (run.get("evaluation") or {}).get("judged")
     return {**own, "cost_usd": own.get("cost_usd", own.get("cost"))} if own else None
 
 
