@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,10 @@ def test_a_failed_draw_fails_its_row_and_is_alone_asked_again(server: Server, tm
     broken = True
 
     async def fault(body: dict[str, Any]) -> Any:
-        return error(500, "down") if broken and body["messages"][-1]["content"] == "Go" and body["seed"] == 1 else None
+        if not (broken and body["messages"][-1]["content"] == "Go" and body["seed"] == 1):
+            return None
+        await asyncio.sleep(1)  # others are answered first: a server that never answers stops a run
+        return error(500, "down")
 
     server.fault = fault
     done = over_http(server, tmp_path, "--n", "2", "--tries", "1")

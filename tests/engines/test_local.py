@@ -459,9 +459,21 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_identity(tiny: str) -> None:
     engine = make(tiny)
+    weights = engine.identity.pop("weights")
+    assert len(weights) == 64
     assert engine.identity == {"engine": "transformers", "model": tiny, "dtype": "fp32"}
     assert engine.notes == []
     asyncio.run(engine.close())
+
+
+def test_a_folder_that_was_trained_anew_is_another_model(tmp_path: Path) -> None:
+    """Else the stored answers of the one that stood there before would be taken for its own."""
+    identities = []
+    for seed in (0, 1, 0):
+        engine = make(str(save_tiny(tmp_path / "model", seed=seed)))
+        identities.append(engine.identity)
+        asyncio.run(engine.close())
+    assert identities[0] == identities[2] != identities[1]
 
 
 # ------------------------------------------------------------ the embedded model
