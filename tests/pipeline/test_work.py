@@ -23,6 +23,7 @@ from rlaif.pipeline.status import labelers, render, trace
 from rlaif.pipeline.work import HELD, Work
 from rlaif.records import RlaifError, UsageError
 from rlaif.runner import StoppedError
+from rlaif.yamlfile import shipped
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
 from tests.pipeline.conftest import Run
 from tests.server import Server
@@ -203,25 +204,16 @@ def test_of_two_runs_in_one_folder_the_second_is_told(asked: Path, run: Run) -> 
 
 TRAINED = """
 description: "Labels, pairs, a model, its answers"
-settings: {model: ./tiny, steps: 4}
+settings: {model: ./tiny, steps: 3}
 steps:
   label: label rows.jsonl -o labels.jsonl --engine mock -E latency=0.02 --concurrency 4
-  agreement: align labels.jsonl --human human -o agreement.json
   pairs: pairs labels.jsonl -o train.jsonl --form conversational
-  reward: >-
-    train reward reward -o reward --set data=train.jsonl --set model=${model} --set eval_share=0 --set max_steps=${steps}
-    --set batch_size=2 --set accumulate=1 --set save_steps=1 --set max_length=256
-  score: reward score rows.jsonl -o scored.jsonl --model reward/model
   dpo: >-
     train dpo dpo -o dpo --set data=train.jsonl --set model=${model} --set eval_share=0 --set max_steps=${steps}
     --set batch_size=2 --set accumulate=1 --set save_steps=1 --set max_length=256
   sample: sample rows.jsonl -o answers.jsonl --engine transformers --model dpo/model --max-tokens 8 -E dtype=fp32
   report: report dpo -o report.html
 """
-FINAL = (
-    *("labels.jsonl", "agreement.json", "train.jsonl", "reward/model/model.safetensors"),
-    *("scored.jsonl", "dpo/model/model.safetensors", "answers.jsonl"),
-)
 
 
 @pytest.fixture
@@ -234,8 +226,9 @@ def trained(tmp_path: Path, tiny: Path) -> Path:
 
 
 @contextlib.contextmanager
-def started(file: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    words = [sys.executable, "-m", "rlaif.cli", "run", str(file), "-o", str(folder)]
+def started(file: Path, folder: Path, *changes: str) -> Iterator[subprocess.Popen[str]]:
+    told = [word for change in changes for word in ("--set", change)]
+    words = [sys.executable, "-m", "rlaif.cli", "run", str(file), "-o", str(folder), *told]
     env = clean_env({"OMP_NUM_THREADS": "1"})
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
     try:
@@ -256,16 +249,19 @@ def wait_for(folder: Path, step: str, process: subprocess.Popen[str]) -> None:
     raise AssertionError(f"{step} was never at work: {process.stderr.read() if process.stderr else ''}")
 
 
-def test_a_run_killed_in_every_step_makes_the_same(trained: Path, run: Run) -> None:
-    whole, broken = trained.parent / "whole", trained.parent / "broken"
-    run(trained, whole)
-    for step in recipe.read(trained, broken).steps:
-        with started(trained, broken) as process:
+def test_a_recipe_killed_in_every_step_makes_the_same(tmp_path: Path, tiny: Path, labeler: Path, run: Run) -> None:
+    """Distilled RLAIF, `kill -9` in each of its nine steps in turn."""
+    file, whole, broken = shipped("pipelines") / "rlaif-distilled.yaml", tmp_path / "whole", tmp_path / "broken"
+    changes = [f"policy={tiny}", f"judge={labeler}", "engine=mock"]
+    run(file, whole, changes)
+    for step in recipe.read(file, broken, None, changes).steps:
+        with started(file, broken, *changes) as process:
             wait_for(broken, step.name, process)
             os.kill(process.pid, signal.SIGKILL)
     assert "interrupted" in render(Lineage.load(broken))
-    run(trained, broken)
-    for name in FINAL:
+    run(file, broken, changes)
+    rows = ("sampled.jsonl", "ranked.jsonl", "pairs.jsonl", "check.json", "measured.jsonl", "agreement.json")
+    for name in (*rows, "reward/model/model.safetensors", "ppo/model/model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (broken / "replaced").exists()
 
@@ -275,7 +271,7 @@ def test_a_changed_setting_trains_anew_and_keeps_what_was_there(trained: Path, r
     before = run(trained, folder)
     weights = (folder / "dpo/model/model.safetensors").read_bytes()
     answers = read_jsonl(folder / "answers.jsonl")
-    after = run(trained, folder, ["steps=6"])
+    after = run(trained, folder, ["steps=4"])
     assert (folder / "dpo/model/model.safetensors").read_bytes() != weights
     (kept,) = (folder / "replaced").glob("dpo-*")
     assert (kept / "model/model.safetensors").read_bytes() == weights
