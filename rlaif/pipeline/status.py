@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import calendar
 import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,9 @@ def render(lineage: Lineage) -> str:
         if own is None:
             table.append((name, "waiting", *[""] * 6))
             continue
+        if own["status"] == "running" and at_work:
+            began = calendar.timegm(time.strptime(own["started_at"], "%Y-%m-%dT%H:%M:%SZ"))
+            own = {**own, "seconds": time.time() - began}
         table.append((name, _state(own, at_work), *_figures(own), _remark(lineage, own, hashes)))
     whole = total(lineage, lineage.steps)
     table.append(("in all", "", *_figures(whole), ""))
@@ -146,7 +151,7 @@ def _remark(lineage: Lineage, own: Mapping[str, Any], hashes: Hashes) -> str:
 
 
 def progress(out: Path) -> str | None:
-    """How far an output is that is being made: rows of a store, or steps of training."""
+    """How far an output is that is not finished: rows of a store, which nobody else reads while it is written to, or steps."""
     store, metrics = out.with_name(out.name + ".store"), out / "metrics.jsonl"
     if store.is_file():
         try:

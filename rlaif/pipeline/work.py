@@ -78,7 +78,7 @@ class Work:
         if known["key"] != key(step, inputs):
             return self._change(step, known, inputs)
         if known["status"] != "done":
-            return str(known["status"])
+            return "interrupted" if known["status"] == "running" else str(known["status"])
         changed = [name for name, own in known["outputs"].items() if self.hashes.of(name) != own]
         return f"{changed[0]} has changed" if changed else None
 

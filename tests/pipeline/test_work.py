@@ -290,10 +290,11 @@ def test_a_step_may_become_another_command_with_the_same_output(asked: Path, run
 
 
 def test_ctrl_c_ends_the_step_at_work_and_the_same_command_goes_on(trained: Path, run: Run) -> None:
+    trained.write_text(TRAINED.replace("latency=0.02", "latency=2"))
     folder = trained.parent / "out"
     with started(trained, folder) as process:
         wait_for(folder, "label", process)
-        time.sleep(0.3)
+        step_of(process.pid)  # it has begun
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 1
         assert process.stderr
@@ -301,6 +302,7 @@ def test_ctrl_c_ends_the_step_at_work_and_the_same_command_goes_on(trained: Path
     lineage = Lineage.load(folder)
     assert list(lineage.steps) == ["label"]
     assert lineage.steps["label"]["status"] == "interrupted"
+    trained.write_text(TRAINED)
     run(trained, folder)
     assert len(read_jsonl(folder / "labels.jsonl")) == 12
 
