@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlaif.data import held
 from rlaif.pipeline.child import Ended, Steps
 from rlaif.pipeline.lineage import FILE, LOGS, Hashes, Lineage, code, facts, key
 from rlaif.pipeline.recipe import Pipeline, Step
@@ -118,17 +118,9 @@ class Work:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        try:
-            (self.folder / LOGS).mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / HELD).open("w")
-        except OSError as error:
-            raise UsageError(f"{self.folder}: cannot be written to: {error.strerror or error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.folder}: another process runs there; wait for it, or choose another -o") from None
+        with held(self.folder, HELD, "another process runs there; wait for it, or choose another -o"):
             self.__post_init__()  # again: another process may have been here in between
+            (self.folder / LOGS).mkdir(exist_ok=True)
             yield
 
     @contextmanager

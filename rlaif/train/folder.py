@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlaif.data import atomic
+from rlaif.data import atomic, held
 from rlaif.records import UsageError, digest
 from rlaif.train.data import Rows
 from rlaif.yamlfile import read_yaml
@@ -66,20 +65,8 @@ class Folder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder where there is none, and keep other processes from it; the end of this one frees it, however it ends.
-
-        Raises: UsageError where another process has it, or it cannot be written to.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK).open("w")
-        except OSError as error:
-            raise UsageError(f"{self.path}: cannot be written to: {error.strerror or error}") from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another out") from None
+        """Keep other processes from the folder. Raises: UsageError where another one has it, or it cannot be written to."""
+        with held(self.path, LOCK, "another process trains here; wait for it, or choose another out"):
             self.report()  # again: another process may have been here in between
             if not self._trained:
                 self._begin()
