@@ -29,7 +29,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
 
@@ -416,17 +415,10 @@ def _call(command: str, data: Sequence[Data], out: File | None, options: Mapping
     return said.getvalue()
 
 
-@cache
-def _command_line() -> Any:
-    import typer
-
-    from rlaif.cli import app
-
-    return typer.main.get_command(app)
-
-
 def _find(command: str) -> Any:
-    found = _command_line()
+    from rlaif.cli import command_line
+
+    found = command_line()
     for word in command.split():
         if word not in found.commands:
             raise UsageError(f"{command}: '{word}' is no kind: choose one of {', '.join(found.commands)}")

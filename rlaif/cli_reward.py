@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +16,7 @@ from rlaif.records import FatalError, UsageError
 
 if TYPE_CHECKING:
     from rlaif.engines import Engine
-    from rlaif.reward import Folder
+    from rlaif.job import Job
 
 reward_app = typer.Typer(
     help="Use reward models that `rlaif train reward` or `gpo` made.", no_args_is_help=True, add_completion=False
@@ -74,18 +77,26 @@ def score(
     scorer = Scorer(folders, head, combine.value if combine else default, gate=safety is not None, tagged=tagged)
     items, method = work(data, scorer, reading.columns, reading.split, reading.limit)
     job = Job(data, out, items, method, reading.facts(), "scoring")
+    _run(job, running, partial(_engine, "reward.RewardEngine", folders, dtype and dtype.value, device, trust_remote_code))
+
+
+def _run(job: Job, running: Running, engine: Callable[[], Engine]) -> None:
+    """Check everything that can be checked, then load the model and score."""
     limits = running.within(ROWS)
     total = job.check(keep_bad=running.bad_rows is BadRows.keep)
-    engine = None if running.reparse else _engine(folders, dtype and dtype.value, device, trust_remote_code)
-    say_report(job.run(engine, limits, total, redo=running.relabel), out, running.max_errors)
+    made = None if running.reparse else engine()
+    say_report(job.run(made, limits, total, redo=running.relabel), job.out, running.max_errors)
 
 
-def _engine(folders: tuple[Folder, ...], *settings: Any) -> Engine:
+def _engine(name: str, *settings: Any) -> Engine:
+    """An engine of `rlaif.engines` that is no labeler's. Raises: FatalError where its packages are missing."""
+    module, _, kind = name.partition(".")
     try:
-        from rlaif.engines.reward import RewardEngine
+        found = getattr(import_module(f"rlaif.engines.{module}"), kind)
     except ModuleNotFoundError as error:
         raise FatalError(f"the package {error.name} is not installed: pip install 'rlaif[transformers]'") from error
-    return RewardEngine(folders, *settings)
+    made: Engine = found(*settings)
+    return made
 
 
 @grouped
@@ -113,8 +124,6 @@ def icdpo(
     log P(response | demonstrations, prompt) - log P(response | prompt) under one model, as `rlaif score` writes scores. The
     same command goes on where an earlier one stopped.
     """
-    from functools import partial
-
     from rlaif.data import responses
     from rlaif.icdpo import InContextDpo
     from rlaif.job import Job
@@ -123,18 +132,8 @@ def icdpo(
     method = InContextDpo(load_icl(icl), load_icl(against) if against else None)
     items = partial(responses, data, reading.columns, reading.split, reading.limit)
     job = Job(data, out, items, method, reading.facts(), "scoring")
-    limits = running.within(ROWS)
-    total = job.check(keep_bad=running.bad_rows is BadRows.keep)
-    engine = None if running.reparse else _likelihood(model, dtype and dtype.value, device, trust_remote_code)
-    say_report(job.run(engine, limits, total, redo=running.relabel), out, running.max_errors)
-
-
-def _likelihood(*settings: Any) -> Engine:
-    try:
-        from rlaif.engines.likelihood import LikelihoodEngine
-    except ModuleNotFoundError as error:
-        raise FatalError(f"the package {error.name} is not installed: pip install 'rlaif[transformers]'") from error
-    return LikelihoodEngine(*settings)
+    settings = model, dtype and dtype.value, device, trust_remote_code
+    _run(job, running, partial(_engine, "likelihood.LikelihoodEngine", *settings))
 
 
 @reward_app.command()
@@ -161,8 +160,6 @@ def groups(
 
     Rows of prompt and response (or an output of `rlaif sample`). The same command goes on where an earlier one stopped.
     """
-    from functools import partial
-
     from rlaif.data import responses
     from rlaif.job import Job
     from rlaif.reward import Ratings, Scorer
@@ -176,8 +173,5 @@ def groups(
     job = Job(
         data, out, partial(responses, data, reading.columns, reading.split, reading.limit), method, reading.facts(), "scoring"
     )
-    limits, shots = running.within(ROWS), few_shots(context, group, folder)
-    total = job.check(keep_bad=running.bad_rows is BadRows.keep)
-    settings = embedder, dtype and dtype.value, device, trust_remote_code
-    engine = None if running.reparse else GroupEngine(folder, shots, *settings)
-    say_report(job.run(engine, limits, total, redo=running.relabel), out, running.max_errors)
+    settings = few_shots(context, group, folder), embedder, dtype and dtype.value, device, trust_remote_code
+    _run(job, running, partial(GroupEngine, folder, *settings))

@@ -73,6 +73,20 @@ def cli(
     )
 
 
+def in_process(*args: str | Path) -> str:
+    """Run `rlaif` in this process, and return what it printed. Raises: what the command raises."""
+    from typer.testing import CliRunner
+
+    from rlaif.cli import app
+
+    done = CliRunner().invoke(app, [*map(str, args)])
+    if isinstance(done.exception, SystemExit):
+        raise AssertionError(done.output)
+    if done.exception:
+        raise done.exception
+    return done.stdout
+
+
 def clean_env(extra: dict[str, str] | None = None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("OPENAI_API_KEY", "OPENAI_BASE_URL")}
     return {**env, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1", **(extra or {})}

@@ -22,6 +22,7 @@ import pytest
 import rlaif
 import rlaif.report.labelled
 from rlaif import align, api, build, check, label, pairs, report, sample, score, split, train
+from rlaif.cli import command_line
 from rlaif.labeler import Labeler
 from rlaif.records import RlaifError, UsageError
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
@@ -99,7 +100,7 @@ def test_every_docstrings_example_runs(
 
 
 def test_there_is_a_function_for_every_step_of_the_command_line() -> None:
-    commands = api._command_line().commands
+    commands = command_line().commands
     groups = {"build", "train", "reward"}
     names = {name.replace("-", "_") for name in commands if name not in NO_STEPS | groups}
     names |= {"build", "train"} | {f"reward_{name}" for name in commands["reward"].commands}

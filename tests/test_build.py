@@ -15,27 +15,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from rlaif.build import judged, revised, scored, unpaired
 from rlaif.build.rows import Build
-from rlaif.cli import app
 from rlaif.label.pairwise import hard_label, sigmoid
 from rlaif.records import RlaifError, Row, UsageError
-from tests.conftest import cli, read_jsonl, write_jsonl
+from tests.conftest import cli, in_process, read_jsonl, write_jsonl
 
 HH = "Human: How?\n\nAssistant: What do you mean?\n\nHuman: Really how?"
 TURNS = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Q?"}]
 
 
 def built(*args: str | Path) -> str:
-    """Run `rlaif build` in this process, and return what it printed. Raises: what the command raises."""
-    done = CliRunner().invoke(app, ["build", *map(str, args)])
-    if isinstance(done.exception, SystemExit):
-        raise AssertionError(done.output)
-    if done.exception:
-        raise done.exception
-    return done.stdout
+    return in_process("build", *args)
 
 
 def columns(rows: list[Row]) -> list[str]:

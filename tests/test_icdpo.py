@@ -17,7 +17,7 @@ from rlaif.job import Job
 from rlaif.records import Completion, Request, RlaifError, RowError, UsageError
 from rlaif.runner import Limits
 from rlaif.sample import load_icl
-from tests.conftest import read_jsonl, write_jsonl
+from tests.conftest import in_process, read_jsonl, write_jsonl
 
 torch = pytest.importorskip("torch")
 
@@ -78,12 +78,7 @@ def plain(model: Path, demos: list[tuple[str, str]], prompt: str, response: str)
 def scored(folder: Path, model: Path, *args: str | Path) -> str:
     out = folder / "o.jsonl"
     command = ["icdpo", folder / "s.jsonl", "-o", out, "--model", model, "--dtype", "fp32", "--device", "cpu", *args]
-    done = CliRunner().invoke(app, [str(arg) for arg in command])
-    if isinstance(done.exception, SystemExit):
-        raise AssertionError(done.output)
-    if done.exception:
-        raise done.exception
-    return done.stdout
+    return in_process(*command)
 
 
 def test_scores_are_the_difference_of_a_plain_loops_log_probabilities(folder: Path, tiny: Path) -> None:

@@ -11,23 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
-from rlaif.cli import app
 from rlaif.provenance import labelers
 from rlaif.records import Row, UsageError
 from rlaif.split import at_random, by_column
-from tests.conftest import make_rows, read_jsonl, write_jsonl
-
-
-def ran(*args: str | Path) -> str:
-    """Run a command in this process, and return what it printed. Raises: what the command raises."""
-    done = CliRunner().invoke(app, [*map(str, args)])
-    if isinstance(done.exception, SystemExit):
-        raise AssertionError(done.output)
-    if done.exception:
-        raise done.exception
-    return done.stdout
+from tests.conftest import in_process, make_rows, read_jsonl, write_jsonl
 
 
 def pairs(*margins: float) -> list[Row]:
@@ -45,22 +33,22 @@ def parts_of(folder: Path, count: int, ending: str = ".jsonl") -> list[list[dict
 def test_the_greatest_come_first_and_rows_stay_as_they_are(tmp_path: Path) -> None:
     rows = pairs(0.1, 0.9, 0.5, 0.9, 0.3)
     path, out = write_jsonl(tmp_path / "p.jsonl", rows), tmp_path / "o.jsonl"
-    said = ran("split", path, "-o", out, "--parts", "2", "--by", "margin").splitlines()
+    said = in_process("split", path, "-o", out, "--parts", "2", "--by", "margin").splitlines()
     assert said == [
         f"{tmp_path / 'o.1.jsonl'}: 2 of 5 rows, margin 0.9 to 0.9",
         f"{tmp_path / 'o.2.jsonl'}: 3 of 5 rows, margin 0.5 to 0.1",
     ]
     assert parts_of(tmp_path, 2) == [[rows[1], rows[3]], [rows[2], rows[4], rows[0]]]
-    ran("split", path, "-o", out, "--parts", "2", "--by", "margin", "--ascending", "--shares", "4,1")
+    in_process("split", path, "-o", out, "--parts", "2", "--by", "margin", "--ascending", "--shares", "4,1")
     assert parts_of(tmp_path, 2) == [[rows[0], rows[4], rows[2], rows[1]], [rows[3]]]
     assert not out.exists()
 
 
 def test_who_labelled_the_rows_is_known_of_each_part(tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "d.jsonl", make_rows(12))
-    ran("label", data, "-o", tmp_path / "l.jsonl", "--engine", "mock")
-    ran("pairs", tmp_path / "l.jsonl", "-o", tmp_path / "p.jsonl")
-    ran("split", tmp_path / "p.jsonl", "-o", tmp_path / "o.jsonl", "--parts", "3", "--by", "margin")
+    in_process("label", data, "-o", tmp_path / "l.jsonl", "--engine", "mock")
+    in_process("pairs", tmp_path / "l.jsonl", "-o", tmp_path / "p.jsonl")
+    in_process("split", tmp_path / "p.jsonl", "-o", tmp_path / "o.jsonl", "--parts", "3", "--by", "margin")
     settings = json.loads((tmp_path / "l.jsonl.run.json").read_text())["settings"]
     for n in (1, 2, 3):
         (found,) = labelers([str(tmp_path / f"o.{n}.jsonl")])
@@ -73,9 +61,9 @@ def test_files_of_any_kind(tmp_path: Path) -> None:
     rows = pairs(*range(6))
     path = tmp_path / "p.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows)))
-    ran("split", path, "-o", tmp_path / "o.parquet", "--parts", "2")
-    ran("split", tmp_path / "o.2.parquet", "-o", tmp_path / "o.jsonl", "--parts", "3")
-    ran("split", tmp_path / "o.1.parquet", "-o", tmp_path / "q.jsonl", "--parts", "3")
+    in_process("split", path, "-o", tmp_path / "o.parquet", "--parts", "2")
+    in_process("split", tmp_path / "o.2.parquet", "-o", tmp_path / "o.jsonl", "--parts", "3")
+    in_process("split", tmp_path / "o.1.parquet", "-o", tmp_path / "q.jsonl", "--parts", "3")
     both = [row for name in "oq" for n in (1, 2, 3) for row in read_jsonl(tmp_path / f"{name}.{n}.jsonl")]
     assert sorted(both, key=lambda row: row["id"]) == rows
 
@@ -149,13 +137,13 @@ def test_what_cannot_be_split_is_said_before_anything_is_written(tmp_path: Path,
     rows[2]["margin"] = None
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     with pytest.raises(UsageError, match=words):
-        ran("split", path, "-o", tmp_path / "o.jsonl", "--parts", "2", *args)
+        in_process("split", path, "-o", tmp_path / "o.jsonl", "--parts", "2", *args)
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_one_prompt_is_never_torn_and_no_input_overwritten(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "o.2.jsonl", [{"prompt": "Q?", "n": n} for n in range(9)])
     with pytest.raises(UsageError, match="1 prompts cannot be 2 such parts"):
-        ran("split", path, "-o", tmp_path / "p.jsonl", "--parts", "2")
+        in_process("split", path, "-o", tmp_path / "p.jsonl", "--parts", "2")
     with pytest.raises(UsageError, match=r"o\.2\.jsonl: the output is the input"):
-        ran("split", path, "-o", tmp_path / "o.jsonl", "--parts", "2", "--by", "n")
+        in_process("split", path, "-o", tmp_path / "o.jsonl", "--parts", "2", "--by", "n")

@@ -17,19 +17,13 @@ from typer.testing import CliRunner
 from rlaif.cli import app
 from rlaif.records import RlaifError, RowError, UsageError
 from rlaif.verify import by_answer, number
-from tests.conftest import cli, read_jsonl, write_jsonl
+from tests.conftest import cli, in_process, read_jsonl, write_jsonl
 
 ARITHMETIC = Path(__file__).parents[1] / "rlaif" / "samples" / "arithmetic.jsonl"
 
 
 def verified(*args: str | Path) -> str:
-    """Run `rlaif verify` in this process, and return what it printed. Raises: what the command raises."""
-    done = CliRunner().invoke(app, ["verify", *map(str, args)])
-    if isinstance(done.exception, SystemExit):
-        raise AssertionError(done.output)
-    if done.exception:
-        raise done.exception
-    return done.stdout
+    return in_process("verify", *args)
 
 
 def judged(response: str, reference: Any, pattern: str | None = None) -> float:

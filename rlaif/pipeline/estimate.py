@@ -127,7 +127,7 @@ class _Rehearsal:
     """For each step, how many rows stand for one of the rehearsal; None where that is not known."""
 
     def step(self, step: Step) -> Estimate:
-        words = self._words(step)
+        words = step.told(lambda name: str((self.work.folder / name).resolve()))
         parsed = parse(words, step.name)
         limit = parsed.values.get("limit")
         rows = {name: maker for name, maker in step.uses.items() if name.endswith(SUFFIXES)}
@@ -161,14 +161,6 @@ class _Rehearsal:
         if not usage or step.command in LOCAL:
             return Estimate(None)
         return Estimate({name: (usage.get(name) or 0.0) * scale for name in USAGE})
-
-    def _words(self, step: Step) -> list[str]:
-        """The step's words, files from outside by their paths."""
-        words = list(step.words)
-        for name, maker in step.uses.items():
-            if maker is None:
-                words = [word.replace(name, str((self.work.folder / name).resolve())) for word in words]
-        return words
 
     def _outside(self, name: str, limit: int | None) -> float:
         """How many of a file's rows stand for one that is rehearsed with."""

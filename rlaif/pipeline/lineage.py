@@ -152,11 +152,8 @@ def code() -> dict[str, str]:
 
 def key(step: Step, inputs: Mapping[str, str | None]) -> str:
     """What a step's outputs follow from: its command line, its inputs' content, and the code."""
-    words = list(step.words)
-    for name, maker in step.uses.items():
-        if maker is None:  # wherever it stands
-            words = [word.replace(name, Path(name).name) for word in words]
-    return digest([words, dict(inputs), code()])
+    wherever = step.told(lambda name: Path(name).name)
+    return digest([wherever, dict(inputs), code()])
 
 
 # ---------------------------------------------------------------- what a step's outputs tell

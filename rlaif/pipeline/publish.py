@@ -11,6 +11,7 @@ from typing import Any
 from rlaif.pipeline.cards import models, training_sets, write
 from rlaif.pipeline.lineage import Lineage
 from rlaif.pipeline.scan import BINARY, JSON, OTHER, Scanner, here, of_environment
+from rlaif.pipeline.status import inside
 from rlaif.records import FatalError, UsageError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
@@ -62,7 +63,7 @@ def collect(folder: Path, file: str | None) -> Parcel:
     """What would be pushed, its card written. Raises: UsageError for what is no training set and no model of the run."""
     lineage = Lineage.load(folder)
     sets, made = training_sets(lineage), models(lineage)
-    name = _name(folder, file) if file else next(reversed(made), "")
+    name = inside(folder, file) if file else next(reversed(made), "")
     name = name.removesuffix("/model") if name not in sets else name
     if name not in (*sets, *made):
         there = ", ".join((*sets, *made)) or "none yet"
@@ -74,14 +75,6 @@ def collect(folder: Path, file: str | None) -> Parcel:
     model = card.parent
     files = sorted(path for path in model.rglob("*") if not path.is_dir() or path.is_symlink())
     return Parcel("model", {str(path.relative_to(model)): path for path in files})
-
-
-def _name(folder: Path, file: str) -> str:
-    """A file's name in the folder, however it is given."""
-    for path in (folder / file, Path(file)):
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
-            return str(path.resolve().relative_to(folder.resolve()))
-    return file
 
 
 def check(parcel: Parcel, scanner: Scanner) -> None:

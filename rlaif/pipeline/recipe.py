@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -93,6 +93,14 @@ class Step:
     @property
     def line(self) -> str:
         return shlex.join(self.words)
+
+    def told(self, name: Callable[[str], str]) -> list[str]:
+        """The words, files from outside by the names that `name` gives them."""
+        words = list(self.words)
+        for own, maker in self.uses.items():
+            if maker is None:
+                words = [word.replace(own, name(own)) for word in words]
+        return words
 
 
 @dataclass(frozen=True)
@@ -345,10 +353,9 @@ def parse(words: Sequence[str], what: str) -> Parsed:
     """
     import typer
 
-    from rlaif.cli import app
+    from rlaif.cli import command_line
 
-    command: Any = typer.main.get_command(app)
-    depth = 0
+    command, depth = command_line(), 0
     while commands := getattr(command, "commands", None):
         name = words[depth] if depth < len(words) else ""
         if name not in commands:

@@ -56,7 +56,7 @@ def trace(lineage: Lineage, name: str) -> str:
 
     Raises: UsageError for what no step has made.
     """
-    name = _inside(lineage.folder, name)
+    name = inside(lineage.folder, name)
     if lineage.maker(name) is None:
         made = [own for step in lineage.steps.values() for own in step["outputs"]]
         raise UsageError(f"{lineage.folder}: no step has made {name}; they have made {', '.join(made) or 'nothing yet'}")
@@ -201,8 +201,8 @@ def aligned(table: list[tuple[str, ...]], left: tuple[int, ...]) -> Iterator[str
         yield "  ".join(cells).rstrip()
 
 
-def _inside(folder: Path, name: str) -> str:
-    """A file's name in the folder, where it is given from elsewhere."""
+def inside(folder: Path, name: str) -> str:
+    """A file's name in the folder, however it is given: from there, or from where the user stands."""
     path = Path(name)
     for base in (folder, Path.cwd()):
         if (base / path).exists():

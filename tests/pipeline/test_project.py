@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from rlaif.cli import app
 from rlaif.constitution import load_constitution
@@ -17,22 +16,13 @@ from rlaif.pipeline import recipe
 from rlaif.pipeline.project import FILES, create
 from rlaif.prompts import load_template
 from rlaif.records import UsageError
-from tests.conftest import read_jsonl
+from tests.conftest import in_process, read_jsonl
 from tests.engines.tiny import save_tiny
-
-
-def done(*args: str | Path) -> str:
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if isinstance(result.exception, SystemExit):
-        raise AssertionError(result.output)
-    if result.exception:
-        raise result.exception
-    return result.stdout
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    done("new", tmp_path / "mine")
+    in_process("new", tmp_path / "mine")
     return tmp_path / "mine"
 
 
@@ -47,7 +37,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x", encoding="utf-8")
     for folder in (tmp_path, tmp_path / "mine"):
         with pytest.raises(UsageError, match=r"is not empty|is a file"):
-            done("new", folder)
+            in_process("new", folder)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
     assert create(tmp_path / "empty")
@@ -56,10 +46,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_constitution_template_and_labeler_go_together(project: Path) -> None:
-    said = done("constitution", "check", project / "constitution.yaml")
+    said = in_process("constitution", "check", project / "constitution.yaml")
     assert "nothing wrong" in said
     constitution = load_constitution(str(project / "constitution.yaml"))
-    shown = done(
+    shown = in_process(
         *("templates", "show", project / "judge.jinja"),
         *("--constitution", project / "constitution.yaml", "--principles", "all"),
     )
@@ -111,7 +101,7 @@ def test_it_runs_through_with_a_mock_judge_and_a_tiny_model(project: Path, tmp_p
     (project / "mock-sampler.yaml").write_text("engine: mock\n", encoding="utf-8")
     out = tmp_path / "out"
     changes = {"judge": project / "mock.yaml", "sampler": project / "mock-sampler.yaml", "policy": tiny}
-    done("run", project / "pipeline.yaml", "-o", out, *(f"--set={name}={path}" for name, path in changes.items()))
+    in_process("run", project / "pipeline.yaml", "-o", out, *(f"--set={name}={path}" for name, path in changes.items()))
     told = json.loads((out / "lineage.json").read_text(encoding="utf-8"))
     assert {step["status"] for step in told["steps"].values()} == {"done"}
     asked = told["steps"]["rank"]["asked"][0]
@@ -120,7 +110,7 @@ def test_it_runs_through_with_a_mock_judge_and_a_tiny_model(project: Path, tmp_p
     assert (out / "trained" / "model" / "model.safetensors").is_file()
     assert (out / "judge.html").is_file()
     assert told["steps"]["agreement"]["agreement"][0]["metrics"]["accuracy"]["n"] == 4
-    done("card", out)
+    in_process("card", out)
     assert "(column human, rows of measured.jsonl), with" in (out / "trained" / "model" / "README.md").read_text(
         encoding="utf-8"
     )

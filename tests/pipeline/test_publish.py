@@ -20,15 +20,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
-from rlaif.cli import app
 from rlaif.pipeline.cards import SECTION, bare, with_section
 from rlaif.pipeline.publish import PICKLES, Parcel, check
 from rlaif.pipeline.scan import SHORTEST, Found, Scanner, of_environment
 from rlaif.records import FatalError, RlaifError, UsageError
 from rlaif.show import SAMPLES
-from tests.conftest import make_rows, read_jsonl, write_jsonl
+from tests.conftest import in_process, make_rows, read_jsonl, write_jsonl
 from tests.engines.tiny import save_tiny
 from tests.pipeline.hub import Hub
 
@@ -50,16 +48,6 @@ steps:
 """
 
 
-def done(*args: str | Path) -> str:
-    """Run `rlaif` in this process, and return what it printed. Raises: what the command raises."""
-    result = CliRunner().invoke(app, [str(arg) for arg in args])
-    if isinstance(result.exception, SystemExit):
-        raise AssertionError(result.output)
-    if result.exception:
-        raise result.exception
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a pipeline that has run in `out`."""
@@ -69,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "judge.yaml").write_text("engine: mock\noptions: {k: 2}\n", encoding="utf-8")
     (folder / "pipe.yaml").write_text(PIPELINE, encoding="utf-8")
     save_tiny(folder / "tiny")
-    done("run", folder / "pipe.yaml", "-o", folder / "out")
+    in_process("run", folder / "pipe.yaml", "-o", folder / "out")
     return folder
 
 
@@ -101,7 +89,7 @@ def front(card: str) -> dict[str, Any]:
 def test_a_models_card_tells_its_steps_labelers_and_cost_and_twice_gives_the_same(out: Path) -> None:
     path = out / "dpo" / "model" / "README.md"
     before = path.read_text(encoding="utf-8")
-    assert str(path) in done("card", out)
+    assert str(path) in in_process("card", out)
     card = path.read_text(encoding="utf-8")
     assert card.startswith(before.rstrip())
     found = SECTION.findall(card)
@@ -121,12 +109,12 @@ def test_a_models_card_tells_its_steps_labelers_and_cost_and_twice_gives_the_sam
     assert "| rank | planted (mock)" not in found[0]
     calls = told["sample"]["usage"]["calls"] + told["rank"]["usage"]["calls"]
     assert f"| in all | {calls} |" in found[0]
-    done("card", out)
+    in_process("card", out)
     assert path.read_text(encoding="utf-8") == card
 
 
 def test_no_card_tells_where_a_file_stands(out: Path, made: Path) -> None:
-    done("card", out)
+    in_process("card", out)
     for path in (out / "dpo" / "model" / "README.md", *out.glob("cards/*/README.md")):
         own = "".join(SECTION.findall(path.read_text(encoding="utf-8")))
         assert own
@@ -136,7 +124,7 @@ def test_no_card_tells_where_a_file_stands(out: Path, made: Path) -> None:
 
 
 def test_a_training_sets_card_is_the_hubs_and_tells_rows_columns_and_what_was_left_out(out: Path) -> None:
-    done("card", out)
+    in_process("card", out)
     card = (out / "cards" / "train" / "README.md").read_text(encoding="utf-8")
     rows = read_jsonl(out / "train.jsonl")
     assert front(card) == {
@@ -156,7 +144,7 @@ def test_a_training_sets_card_is_the_hubs_and_tells_rows_columns_and_what_was_le
 
 
 def test_the_other_set_says_that_its_labeler_was_not_measured(out: Path) -> None:
-    done("card", out)
+    in_process("card", out)
     card = (out / "cards" / "more" / "README.md").read_text(encoding="utf-8")
     assert "Its agreement with humans was not measured." in card
     assert "accuracy" not in card
@@ -167,7 +155,7 @@ def test_a_labeler_measured_with_other_knobs_is_told_apart(out: Path) -> None:
     told = json.loads((out / "lineage.json").read_text(encoding="utf-8"))
     told["steps"]["measure"]["asked"][0]["both_orders"] = False
     (out / "lineage.json").write_text(json.dumps(told), encoding="utf-8")
-    done("card", out)
+    in_process("card", out)
     assert "**with another template or other knobs**" in (out / "cards" / "train" / "README.md").read_text(encoding="utf-8")
 
 
@@ -175,7 +163,7 @@ def test_what_has_changed_since_gets_no_card(out: Path) -> None:
     rows = read_jsonl(out / "train.jsonl")
     write_jsonl(out / "train.jsonl", rows[1:])
     with pytest.raises(UsageError, match=r"train\.jsonl: has changed since it was made"):
-        done("card", out)
+        in_process("card", out)
 
 
 def test_a_model_whose_data_was_made_anew_since_gets_no_card(out: Path) -> None:
@@ -183,20 +171,20 @@ def test_a_model_whose_data_was_made_anew_since_gets_no_card(out: Path) -> None:
     told["steps"]["pairs"]["inputs"]["ranked.jsonl"]["sha256"] = "0" * 64
     (out / "lineage.json").write_text(json.dumps(told), encoding="utf-8")
     with pytest.raises(UsageError, match=r"ranked\.jsonl was made anew since"):
-        done("card", out)
+        in_process("card", out)
 
 
 def test_a_run_that_made_nothing_to_publish_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no pipeline has run there"):
-        done("card", tmp_path)
+        in_process("card", tmp_path)
     (tmp_path / "p.yaml").write_text("steps: {one: sample rows.jsonl -o s.jsonl --engine mock}\n", encoding="utf-8")
     write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi?"}\n', encoding="utf-8")
-    done("run", tmp_path / "p.yaml", "-o", tmp_path / "out")
+    in_process("run", tmp_path / "p.yaml", "-o", tmp_path / "out")
     with pytest.raises(UsageError, match="no training set and no model has been made"):
-        done("card", tmp_path / "out")
+        in_process("card", tmp_path / "out")
     with pytest.raises(UsageError, match="no training set or model of this run"):
-        done("push", tmp_path / "out", "me/x")
+        in_process("push", tmp_path / "out", "me/x")
 
 
 def test_the_section_is_put_in_place_of_the_one_that_is_there() -> None:
@@ -222,7 +210,7 @@ def test_files_from_outside_are_told_by_their_last_name(word: str, name: str) ->
 
 
 def test_a_model_arrives_as_it_is_with_its_card(out: Path, hub: Hub) -> None:
-    said = done("push", out, "me/mine")
+    said = in_process("push", out, "me/mine")
     model = {path.name: path.read_bytes() for path in (out / "dpo" / "model").iterdir()}
     assert hub.repos == {"me/mine": {"kind": "model", "private": True, "files": model}}
     assert b"## Lineage" in model["README.md"]
@@ -236,7 +224,7 @@ def test_a_model_arrives_as_it_is_with_its_card(out: Path, hub: Hub) -> None:
 
 @pytest.mark.parametrize("file", ["train.jsonl", "more.parquet"])
 def test_a_training_set_arrives_with_its_card(out: Path, hub: Hub, file: str) -> None:
-    said = done("push", out, "me/rows", "--file", file, "--public")
+    said = in_process("push", out, "me/rows", "--file", file, "--public")
     name = Path(file).name
     files = hub.repos["me/rows"]["files"]
     assert hub.repos["me/rows"]["kind"] == "dataset"
@@ -249,25 +237,25 @@ def test_a_training_set_arrives_with_its_card(out: Path, hub: Hub, file: str) ->
 
 @pytest.mark.parametrize("file", ["dpo", "dpo/model"])
 def test_another_model_is_chosen_by_its_folder(out: Path, hub: Hub, file: str) -> None:
-    done("push", out, "me/mine", "--file", str(out / file))
+    in_process("push", out, "me/mine", "--file", str(out / file))
     assert "config.json" in hub.repos["me/mine"]["files"]
 
 
 @pytest.mark.parametrize("file", ["ranked.jsonl", "../rows.jsonl", "dpo/run.json", "none"])
 def test_what_is_no_training_set_and_no_model_is_not_pushed(out: Path, hub: Hub, file: str) -> None:
     with pytest.raises(UsageError, match=r"no training set or model of this run; there are: train\.jsonl, more\.parquet, dpo"):
-        done("push", out, "me/mine", "--file", file)
+        in_process("push", out, "me/mine", "--file", file)
     assert hub.asked == []
 
 
 def test_nothing_is_sent_where_a_card_holds_a_secret(out: Path, hub: Hub) -> None:
     card = out / "dpo" / "model" / "README.md"
-    done("card", out)
+    in_process("card", out)
     lines = len(card.read_text(encoding="utf-8").splitlines())
     own = card.read_text(encoding="utf-8").replace("## Lineage", f"Mine: {TOKEN}.\n\n## Lineage")
     card.write_text(own, encoding="utf-8")
     with pytest.raises(UsageError) as error:
-        done("push", out, "me/mine")
+        in_process("push", out, "me/mine")
     line = own.splitlines().index(f"Mine: {TOKEN}.") + 1
     assert f"README.md line {line}: a token of the hub (hf_…)" in str(error.value)
     assert line < lines
@@ -283,10 +271,10 @@ def test_nothing_is_sent_where_rows_hold_a_value_of_the_environment(
     monkeypatch.setenv("MY_DB_PASSWORD", value)
     first = next(n for n, row in enumerate(rows, 1) if value in json.dumps(row))
     with pytest.raises(UsageError, match=rf"train\.jsonl line {first}: the value of MY_DB_PASSWORD") as error:
-        done("push", out, "me/mine", "--file", "train.jsonl")
+        in_process("push", out, "me/mine", "--file", "train.jsonl")
     assert value not in str(error.value)
     assert hub.asked == []
-    done("push", out, "me/mine", "--file", "train.jsonl", "--allow", value)
+    in_process("push", out, "me/mine", "--file", "train.jsonl", "--allow", value)
     assert "train.jsonl" in hub.repos["me/mine"]["files"]
 
 
@@ -294,31 +282,31 @@ def test_nothing_is_sent_where_a_card_holds_a_path(out: Path, hub: Hub) -> None:
     card = out / "dpo" / "model" / "README.md"
     card.write_text(card.read_text(encoding="utf-8") + "\nIt stands in /srv/models/x.\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"README\.md line \d+: an absolute path: /srv/models/x"):
-        done("push", out, "me/mine")
+        in_process("push", out, "me/mine")
     assert hub.asked == []
-    done("push", out, "me/mine", "--allow", "/srv/models/x.")
+    in_process("push", out, "me/mine", "--allow", "/srv/models/x.")
 
 
 def test_a_private_push_never_goes_to_a_public_repository(out: Path, hub: Hub) -> None:
     hub.repos["me/mine"] = {"kind": "model", "private": False, "files": {}}
     with pytest.raises(UsageError, match="me/mine is there already, and public"):
-        done("push", out, "me/mine")
+        in_process("push", out, "me/mine")
     assert hub.repos["me/mine"]["files"] == {}
     assert b"tokenizer" not in hub.sent
-    done("push", out, "me/mine", "--public")
+    in_process("push", out, "me/mine", "--public")
     assert "config.json" in hub.repos["me/mine"]["files"]
 
 
 def test_what_the_hub_refuses_is_told_without_the_token(out: Path, hub: Hub) -> None:
     hub.refuse = True
     with pytest.raises(FatalError, match=r"me/mine: the hub does not take it: .*403") as error:
-        done("push", out, "me/mine")
+        in_process("push", out, "me/mine")
     assert TOKEN not in str(error.value)
 
 
 def test_a_name_that_is_none_is_a_usage_error(out: Path, hub: Hub) -> None:
     with pytest.raises(UsageError, match="no name for the hub"):
-        done("push", out, "a/b/c")
+        in_process("push", out, "a/b/c")
     assert hub.asked == []
 
 
