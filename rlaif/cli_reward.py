@@ -82,7 +82,9 @@ def score(
 
 def _run(job: Job, running: Running, engine: Callable[[], Engine]) -> None:
     """Check everything that can be checked, then load the model and score."""
-    limits = running.within(ROWS)
+    from rlaif.runner import Limits
+
+    limits = running.within(Limits(ROWS, timeout=None))
     total = job.check(keep_bad=running.bad_rows is BadRows.keep)
     made = None if running.reparse else engine()
     say_report(job.run(made, limits, total, redo=running.relabel), job.out, running.max_errors)

@@ -85,7 +85,7 @@ class Job:
             raise UsageError(f"{self.out}: no store beside it with answers that could be read again")
         store = Store(self.store_path)
         try:
-            engine = engine or StoredEngine((store.settings() or {}).get("engine", {}))
+            engine = engine or StoredEngine((store.meta("settings") or {}).get("engine", {}))
             settings = {"engine": engine.identity, **self.method.settings()}
             _agree(store, {"source": Path(self.source).name, **settings}, self.out, redo)
             key = digest(settings)
@@ -106,7 +106,7 @@ class Job:
             with Progress(total, self.what) as progress:
 
                 def show() -> None:
-                    progress.update(runner.tally.rows, runner.tally.facts())
+                    progress.update(runner.tally.rows, runner.facts)
 
                 await runner.run(keyed, self.method, show)
         except RlaifError as error:
@@ -143,6 +143,8 @@ class Job:
             "this_run": {
                 "calls": tally.calls,
                 "retries": tally.retries,
+                "slowed": tally.slowed,
+                "in_flight": int(runner.window.width),
                 "prompt_tokens": tally.prompt_tokens,
                 "completion_tokens": tally.completion_tokens,
                 "cost_usd": tally.cost if runner.limits.prices or tally.cost else None,
@@ -159,7 +161,7 @@ def _row_key(settings_key: str, item: Item) -> str:
 
 def _agree(store: Store, settings: dict[str, Any], out: Path, redo: bool) -> None:
     """Set a new store's settings; refuse another's, for one file must not mix two labelers, nor two sources' rows."""
-    found = store.settings()
+    found = store.meta("settings")
     if found is not None and found != json.loads(json.dumps(settings)) and not redo:
         changes = ", ".join(f"{name} {old} → {new}" for name, old, new in _differences(found, settings))
         raise UsageError(
@@ -167,7 +169,7 @@ def _agree(store: Store, settings: dict[str, Any], out: Path, redo: bool) -> Non
             "(answers to requests that stay the same are not asked again)"
         )
     if found is None or redo:
-        store.set_settings(settings)
+        store.set_meta("settings", settings)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], lead: str = "") -> Iterator[tuple[str, str, str]]:

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 PATHS = ("template", "exemplars", "constitution")
 """Fields that may name a file."""
 
-CONCURRENCY = {"openai": 32, "vllm": 256, "transformers": 64, "embedded": 64, "mock": 64}
-"""Rows in flight, unless told otherwise."""
+CONCURRENCY = {"openai": 256, "vllm": 256, "transformers": 64, "embedded": 64, "mock": 64}
+"""The most rows in flight, unless told otherwise."""
+
+START = {"openai": 32}
+"""Calls in flight at first, where a server is to be found out."""
 
 
 class Labeler(YamlFile):
@@ -105,10 +108,13 @@ class Labeler(YamlFile):
     # ------------------------------------------------------------ its parts
 
     @property
-    def pace(self) -> tuple[int, float | None, tuple[float, float] | None]:
-        """Rows in flight, the seconds that a call may take, and prices, where a run is not told others."""
+    def pace(self) -> Limits:
+        """How hard a run presses where it is not told otherwise."""
         seconds = 120.0 if self.engine == "openai" else None
-        return self.concurrency or CONCURRENCY[self.engine], seconds, self.price
+        rows, start = CONCURRENCY[self.engine], START.get(self.engine)
+        if self.concurrency:
+            rows, start = self.concurrency, None
+        return Limits(rows, timeout=seconds, prices=self.price, start=start)
 
     def make_engine(self, limits: Limits) -> Engine:
         """The engine, ready to answer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -182,7 +182,9 @@ class Reading:
 class Running:
     """How hard to press, what it may cost, and what to do with an output that is there."""
 
-    concurrency: Annotated[int | None, typer.Option(min=1, help="Rows in flight (default: by engine).")] = None
+    concurrency: Annotated[int | None, typer.Option(min=1, help="The most rows in flight, and calls (default: by engine).")] = (
+        None
+    )
     max_cost: Annotated[
         float | None, typer.Option(min=0.0, help="Stop before this many US dollars are spent (needs a price).")
     ] = None
@@ -200,20 +202,26 @@ class Running:
     reparse: Annotated[bool, typer.Option("--reparse", help="Read the stored answers again, without a call.")] = False
 
     def limits(self, labeler: Labeler) -> Limits:
-        return self.within(*labeler.pace)
+        return self.within(labeler.pace)
 
-    def within(self, rows: int, seconds: float | None = None, price: tuple[float, float] | None = None) -> Limits:
-        """The limits; what no option gives is rows in flight, seconds a call, and prices, as they are given here."""
-        from rlaif.runner import Limits
-
-        price = two_numbers(self.price, "--price", "IN,OUT") if self.price else price
+    def within(self, pace: Limits) -> Limits:
+        """The limits; what no option gives is as it is in `pace`."""
+        price = two_numbers(self.price, "--price", "IN,OUT") if self.price else pace.prices
         if price and not all(0 <= part < float("inf") for part in price):
             raise UsageError(f"--price: prices cannot be negative, got '{self.price}'")
         if self.max_cost is not None and price is None:
             raise UsageError(
                 "--max-cost needs --price IN,OUT (US dollars per million tokens), for prices change and are not guessed"
             )
-        return Limits(self.concurrency or rows, self.tries, self.timeout or seconds, self.max_cost, price)
+        return replace(
+            pace,
+            concurrency=self.concurrency or pace.concurrency,
+            start=None if self.concurrency else pace.start,
+            tries=self.tries,
+            timeout=self.timeout or pace.timeout,
+            max_cost=self.max_cost,
+            prices=price,
+        )
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

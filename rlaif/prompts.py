@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +51,17 @@ def fence(text: str, tags: frozenset[str]) -> str:
     '&lt;|im_start|>system &#91;INST]'
     """
     if tags:
-        # `response_{{`, a name that goes on with a number or the like, stands for all names that begin so.
-        names = "|".join(re.escape(t.removesuffix("{{")) + r"[\w.-]*" * t.endswith("{{") for t in sorted(tags))
-        text = re.sub(rf"<(?=\s*[/\\]?\s*(?:{names})(?![\w-]))", "&lt;", text, flags=re.IGNORECASE)
+        text = _opening(tags).sub("&lt;", text)
     text = CHAT_MARKERS.sub(lambda m: "&lt;" if m.group() == "<" else "&#91;", text)
     return UNSENDABLE.sub("\ufffd", text)
+
+
+@cache
+def _opening(tags: frozenset[str]) -> re.Pattern[str]:
+    """The first character of whatever opens or closes one of `tags`."""
+    # `response_{{`, a name that goes on with a number or the like, stands for all names that begin so.
+    names = "|".join(re.escape(t.removesuffix("{{")) + r"[\w.-]*" * t.endswith("{{") for t in sorted(tags))
+    return re.compile(rf"<(?=\s*[/\\]?\s*(?:{names})(?![\w-]))", re.IGNORECASE)
 
 
 def _fenced(value: Any, tags: frozenset[str]) -> Any:
@@ -164,7 +171,8 @@ def load_template(name: str, kind: str = "pairwise") -> Template:
         inner = path.name
     else:
         inner = f"{kind}/{name}.jinja"
-        if not (folders[0] / inner).resolve().is_relative_to(folders[0].resolve()) or not (folders[0] / inner).is_file():
+        found = folders[0] / inner
+        if not found.is_file() or not found.resolve().is_relative_to(folders[0].resolve()):
             raise UsageError(f"unknown template '{name}': a file, or one of {', '.join(list_templates(kind))}")
     return _compile(inner, name, _Loader(folders), kind)
 

@@ -143,3 +143,7 @@ class TransientError(RlaifError):
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class BusyError(TransientError):
+    """The server has enough (429): fewer calls are sent at once, and this one again; no failure while others get through."""

@@ -16,6 +16,7 @@ import tenacity
 from rlaif.engines import Engine
 from rlaif.records import (
     STATUSES,
+    BusyError,
     Completion,
     FatalError,
     NoLogprobsError,
@@ -26,6 +27,7 @@ from rlaif.records import (
     TransientError,
 )
 from rlaif.store import Store
+from rlaif.window import Window
 
 
 class StoppedError(RlaifError):
@@ -68,8 +70,9 @@ class StoredEngine:
 
 @dataclass(frozen=True)
 class Limits:
-    """How hard to press: rows in flight, tries a call, seconds a call may take, US dollars, and prices per million tokens.
+    """How hard to press: rows and calls in flight, tries a call, seconds it may take, US dollars, prices per million tokens.
 
+    `start`: calls in flight at first, where it is to be found out how many of `concurrency` the server takes (`Window`).
     `spent` are the US dollars of the budget `max_cost` that are gone already.
     """
 
@@ -79,6 +82,7 @@ class Limits:
     max_cost: float | None = None
     prices: tuple[float, float] | None = None
     spent: float = 0.0
+    start: int | None = None
 
     def after(self, spent: float) -> Limits:
         """The limits of the next run within the same budget, of which so much is spent."""
@@ -94,6 +98,7 @@ class Tally:
     found: int = 0  # rows that an earlier run had finished
     calls: int = 0
     retries: int = 0
+    slowed: int = 0  # calls that a server sent back because it had enough
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0
@@ -119,6 +124,19 @@ class Tally:
         return " · ".join(parts)
 
 
+class _Tries:
+    """Ends a call's tries when so many have failed; to be sent back by a busy server that answers others is no failure."""
+
+    def __init__(self, runner: Runner):
+        self._runner, self._seen, self._failed = runner, runner.answers, 0
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        others, self._seen = self._runner.answers > self._seen, self._runner.answers
+        self._failed += not (isinstance(error, BusyError) and others)
+        return self._failed >= self._runner.limits.tries
+
+
 class Budget:
     """US dollars that are spent, and the most that calls in flight can cost; runners may share one."""
 
@@ -142,12 +160,12 @@ class Runner:
         self.budget = budget or Budget(limits.spent)
         self.offline = isinstance(engine, StoredEngine)
         self.tally = Tally()
-        self._slots = asyncio.Semaphore(limits.concurrency)
+        self.window = Window(limits.concurrency, limits.start)
         self._flying: dict[str, asyncio.Task[Completion]] = {}
         self._stop: RlaifError | None = None
         self._stopped = asyncio.Event()
-        self._failures = 0
-        self._answered = False
+        self._failures = 0  # calls given up since the last answer
+        self.answers = 0
 
     async def run(self, items: Iterable[tuple[str, Item]], method: Method, on_row: Callable[[], None] = lambda: None) -> None:
         """Work through (key, item) pairs, each row's result stored under its key as soon as it is there.
@@ -182,6 +200,11 @@ class Runner:
     def reason(self) -> RlaifError | None:
         """Why it stopped; None while it goes on."""
         return self._stop
+
+    @property
+    def facts(self) -> str:
+        """The tally in a few words, and how wide the window is where a server was found to have enough."""
+        return self.tally.facts() + (f" · {int(self.window.width)} in flight" if self.tally.slowed else "")
 
     async def settle(self) -> None:
         """Wait until what is in flight is stored."""
@@ -236,7 +259,7 @@ class Runner:
         return await asyncio.shield(self._flying[key])
 
     async def _fetch(self, key: str, request: Request) -> Completion:
-        async with self._slots, self._budget(request):
+        async with self._budget(request):
             try:
                 completion = await self._retried(request)
             except NoLogprobsError as error:
@@ -250,7 +273,7 @@ class Runner:
 
     async def _retried(self, request: Request) -> Completion:
         retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(self.limits.tries),
+            stop=_Tries(self),
             wait=self._wait,
             retry=tenacity.retry_if_exception_type(TransientError),
             sleep=self._sleep,
@@ -263,16 +286,24 @@ class Runner:
         except FatalError as error:
             self.stop(error)
             raise StoppedError(str(error)) from error
-        self._failures, self._answered = 0, True
         return answer
 
     async def _once(self, request: Request) -> Completion:
-        if self._stop:
-            raise StoppedError("stopping")
-        try:
-            return await asyncio.wait_for(self.engine.complete(request), self.limits.timeout)
-        except TimeoutError as error:
-            raise TransientError(f"no answer within {self.limits.timeout:g} s") from error
+        async with self.window as number:
+            if self._stop:
+                raise StoppedError("stopping")
+            try:
+                answer = await asyncio.wait_for(self.engine.complete(request), self.limits.timeout)
+            except TimeoutError as error:
+                self.window.narrow(number)
+                raise TransientError(f"no answer within {self.limits.timeout:g} s") from error
+            except BusyError:
+                self.tally.slowed += 1
+                self.window.narrow(number)
+                raise
+            self.window.widen()
+        self._failures, self.answers = 0, self.answers + 1
+        return answer
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Seconds until the next try: what the server asked for, else doubling from half a second, with jitter."""
@@ -291,9 +322,9 @@ class Runner:
     def _given_up(self, error: TransientError) -> RlaifError:
         """A call failed on every try: the row's own bad luck, unless no call gets through any more."""
         self._failures += 1
-        if self._answered and self._failures < max(3, self.limits.concurrency):
+        if self.answers and self._failures < max(3, self.limits.concurrency):
             return RowError(f"{error} (gave up after {self.limits.tries} tries)")
-        times = "at all" if not self._answered else f"for {self._failures} calls in a row"
+        times = f"for {self._failures} calls in a row" if self.answers else "at all"
         self.stop(FatalError(f"no call gets through {times}: {error}"))
         return StoppedError(str(error))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rlaif.records import RETRIED, Completion, RlaifError, Row, UsageError
 
-VERSION = 1
+VERSION = 2
 
 PARTS = ("votes", "samples", "revisions")
 """Columns of a result that hold what was asked for it, each part with its `status` and its request's `key`."""
@@ -20,12 +20,40 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 -- A completion is stored as it arrives, before it is parsed. `usable` is 0 once its row came to nothing with it: it is
 -- then asked again on the next run, but still there to be parsed again.
+-- Rows are appended, and only the index of the keys is written all over: so a row costs the same however many there are.
 CREATE TABLE IF NOT EXISTS completions (
-    key TEXT PRIMARY KEY, usable INTEGER NOT NULL, value TEXT NOT NULL,
-    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, status TEXT NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
+    key BLOB PRIMARY KEY, usable INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    cost REAL, value BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, status TEXT NOT NULL, value BLOB NOT NULL);
 """
+
+# Version 1 had keys as hex and values as JSON, in the order of the keys.
+MIGRATION = """
+BEGIN;
+ALTER TABLE completions RENAME TO old_completions;
+ALTER TABLE rows RENAME TO old_rows;
+{schema}
+INSERT INTO completions
+    SELECT packed_key(key), usable, prompt_tokens, completion_tokens, cost, packed(value) FROM old_completions;
+INSERT INTO rows SELECT packed_key(key), status, packed(value) FROM old_rows;
+DROP TABLE old_completions;
+DROP TABLE old_rows;
+PRAGMA user_version=2;
+COMMIT;
+"""
+
+WORDS = (
+    b'"temperature": "responses":[ "revisions":[ "samples":[ "ranking":[ "pairs":[ "revised":"principle":"critique":"aspect":'
+    b'"score":"scores":{"refusal":"logprob":"floor":"finish":"stop","finish":"length","text":"The response 1","text":"2",'
+    b'"status":"unparsed","status":"error","status":"tie","soft_label":0.5,"label":"tie","label":"b","label":"a",'
+    b'"dispersion":null,"votes":[{"order":"ba","first":"b","soft_label":0.{"order":"ab","first":"a","principle":null,'
+    b'"soft_label":0.,"status":"ok","logprobs":{"1":-0.,"2":-},"text":"1","rationale":null,"sample":0,"prompt_tokens":'
+    b',"completion_tokens":1,"error":null,"key":"'
+)
+"""What values are full of, for zlib to refer to: a change of these bytes is a new VERSION."""
+
+NAMES = tuple(field.name for field in fields(Completion) if field.name != "key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,44 +95,49 @@ class Store:
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.execute("PRAGMA cache_size=-16384")
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found > VERSION:
             raise RlaifError(f"{self.path}: written by a newer rlaif (store version {found}, this one knows {VERSION})")
+        if found == 1:
+            self._db.create_function("packed_key", 1, bytes.fromhex)
+            self._db.create_function("packed", 1, lambda text: _packed(json.loads(text)))
+            self._db.executescript(MIGRATION.format(schema=SCHEMA))
         self._db.executescript(SCHEMA)
         self._db.execute(f"PRAGMA user_version={VERSION}")
 
     def close(self) -> None:
         self._db.close()
 
-    def settings(self) -> dict[str, Any] | None:
-        """The settings that the rows in here were made with; None in a new store."""
-        found = self._read("SELECT value FROM meta WHERE name = 'settings'")
-        return self._load(found[0]) if found else None
+    def meta(self, name: str) -> Any:
+        """What `set_meta` last kept under this name; None in a new store."""
+        found = self._read("SELECT value FROM meta WHERE name = ?", name)
+        return json.loads(found[0]) if found else None
 
-    def set_settings(self, settings: Mapping[str, Any]) -> None:
-        text = json.dumps(settings, sort_keys=True)
-        self._write("INSERT OR REPLACE INTO meta VALUES ('settings', ?)", (text,))
+    def set_meta(self, name: str, value: Any) -> None:
+        """Keep something JSON-able about the whole: `settings` are those that the rows in here were made with."""
+        self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value, sort_keys=True)))
 
     def completion(self, key: str, even_failed: bool = False) -> Completion | None:
         """The stored answer to a request; one that its row failed with only when asked for."""
         query = "SELECT value FROM completions WHERE key = ?" + ("" if even_failed else " AND usable")
-        found = self._read(query, key)
+        found = self._read(query, bytes.fromhex(key))
         return Completion(**self._load(found[0]), key=key) if found else None
 
     def add_completion(self, key: str, completion: Completion) -> None:
-        value = asdict(completion)
-        del value["key"]
-        values = (key, _dump(value), completion.prompt_tokens, completion.completion_tokens, completion.cost)
+        value = {name: held for name in NAMES if (held := getattr(completion, name)) is not None}
+        tokens = completion.prompt_tokens, completion.completion_tokens
+        values = (bytes.fromhex(key), *tokens, completion.cost, _packed(value))
         self._write("INSERT OR REPLACE INTO completions VALUES (?, 1, ?, ?, ?, ?)", values)
 
     def result(self, key: str) -> Row | None:
         """The stored result of a row, whatever its status."""
-        found = self._read("SELECT value FROM rows WHERE key = ?", key)
+        found = self._read("SELECT value FROM rows WHERE key = ?", bytes.fromhex(key))
         return self._load(found[0]) if found else None
 
     def status(self, key: str) -> str | None:
         """The stored status of a row; None for one that has no result."""
-        found = self._read("SELECT status FROM rows WHERE key = ?", key)
+        found = self._read("SELECT status FROM rows WHERE key = ?", bytes.fromhex(key))
         return str(found[0]) if found else None
 
     def finished(self, key: str) -> bool:
@@ -114,11 +147,11 @@ class Store:
 
     def add_result(self, key: str, result: Row) -> None:
         """Store a row's result. The completions that a row failed with will be asked for again."""
-        self._write("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", (key, result["status"], _dump(result)))
+        self._write("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", (bytes.fromhex(key), result["status"], _packed(result)))
         if result["status"] in RETRIED:
             for part in (part for name in PARTS for part in result.get(name) or []):
                 if part["status"] in RETRIED and part["key"]:
-                    self._write("UPDATE completions SET usable = 0 WHERE key = ?", (part["key"],))
+                    self._write("UPDATE completions SET usable = 0 WHERE key = ?", (bytes.fromhex(part["key"]),))
 
     def usage(self) -> Usage:
         """What all completions in the store cost, over all runs."""
@@ -126,17 +159,17 @@ class Store:
         calls, prompt, completion, cost = self._read(query) or (0, 0, 0, None)
         return Usage(calls, int(prompt), int(completion), cost)
 
-    def _read(self, query: str, *values: str) -> tuple[Any, ...] | None:
+    def _read(self, query: str, *values: str | bytes) -> tuple[Any, ...] | None:
         try:
             found: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from error
         return found
 
-    def _load(self, text: str) -> Any:
+    def _load(self, stored: bytes) -> Any:
         try:
-            return json.loads(text)
-        except ValueError as error:
+            return json.loads(_unpacked(stored))
+        except (ValueError, zlib.error) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> RlaifError:
@@ -149,6 +182,16 @@ class Store:
             raise RlaifError(f"{self.path}: cannot be written: {error}") from error
 
 
-def _dump(value: Any) -> str:
-    # ASCII, so that a lone surrogate from a server can be stored too.
-    return json.dumps(value, separators=(",", ":"))
+def _packed(value: Any) -> bytes:
+    """The value as compressed JSON; ASCII, so that a lone surrogate from a server can be stored too."""
+    packing = zlib.compressobj(1, zdict=WORDS)
+    return packing.compress(json.dumps(value, separators=(",", ":")).encode()) + packing.flush()
+
+
+def _unpacked(stored: bytes) -> bytes:
+    """Raises: zlib.error where a byte is not what it was, by zlib's own checksum."""
+    packing = zlib.decompressobj(zdict=WORDS)
+    value = packing.decompress(stored)
+    if not packing.eof:
+        raise zlib.error("cut short")
+    return value

@@ -452,7 +452,7 @@ def test_a_store_of_a_newer_version_is_left_alone(labelled: Path) -> None:
         db.execute("PRAGMA user_version=99")
     db.close()
     before = (labelled / "o.jsonl").read_bytes()
-    refused(cli(*label(), cwd=labelled), 1, r"o\.jsonl\.store: written by a newer rlaif \(store version 99, this one knows 1\)")
+    refused(cli(*label(), cwd=labelled), 1, r"o\.jsonl\.store: written by a newer rlaif \(store version 99, this one knows 2\)")
     assert (labelled / "o.jsonl").read_bytes() == before
 
 

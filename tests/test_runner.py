@@ -18,7 +18,7 @@ from aiohttp import web
 
 from rlaif.engines import make_engine
 from rlaif.engines.mock import MockEngine
-from rlaif.records import FatalError, Request, RlaifError, Row, TransientError, UsageError
+from rlaif.records import FatalError, Request, RlaifError, Row, TransientError, UsageError, digest
 from rlaif.runner import Limits, Runner
 from rlaif.store import Store
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
@@ -298,7 +298,7 @@ def run(store: Store, engine: Any, texts: list[str], limits: Limits, **more: Any
             completion = await ask(request(item.text))
             return {"status": "ok", "votes": [], "text": completion.text}
 
-        await runner.run(((text + str(n), _item(text)) for n, text in enumerate(texts)), method)
+        await runner.run(((digest([text, n]), _item(text)) for n, text in enumerate(texts)), method)
         return runner
 
     return asyncio.run(go())
@@ -329,7 +329,7 @@ def test_a_bug_in_a_method_is_not_swallowed(tmp_path: Path) -> None:
         async def method(item: Any, ask: Any) -> Row:
             raise ZeroDivisionError
 
-        await Runner(MockEngine(), Store(tmp_path / "s"), Limits()).run([("k", _item("x"))], method)
+        await Runner(MockEngine(), Store(tmp_path / "s"), Limits()).run([("00", _item("x"))], method)
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(go())
@@ -378,16 +378,16 @@ def test_a_store_keeps_what_it_was_given_and_forgets_what_failed(tmp_path: Path)
     from rlaif.records import Completion
 
     store = Store(tmp_path / "s")
-    store.add_completion("k", Completion("\ud800 text", {"1": -0.5}, None, "stop", None, 10, 2, 0.5))
-    store.add_result("r", {"status": "unparsed", "votes": [{"status": "unparsed", "key": "k"}]})
-    assert store.completion("k") is None
-    kept = store.completion("k", even_failed=True)
+    store.add_completion("0a", Completion("\ud800 text", {"1": -0.5}, None, "stop", None, 10, 2, 0.5))
+    store.add_result("0b", {"status": "unparsed", "votes": [{"status": "unparsed", "key": "0a"}]})
+    assert store.completion("0a") is None
+    kept = store.completion("0a", even_failed=True)
     assert kept is not None
-    assert (kept.text, kept.logprobs, kept.key) == ("\ud800 text", {"1": -0.5}, "k")
-    assert not store.finished("r")
+    assert (kept.text, kept.logprobs, kept.key) == ("\ud800 text", {"1": -0.5}, "0a")
+    assert not store.finished("0b")
     assert store.usage().cost_usd == 0.5
     store.close()
-    assert Store(tmp_path / "s").result("r") is not None
+    assert Store(tmp_path / "s").result("0b") is not None
 
 
 def test_a_store_that_another_process_holds_is_refused(tmp_path: Path) -> None:
@@ -416,8 +416,8 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
 
     def fill() -> None:
         for n in range(1000):
-            store.add_result(str(n), {"status": "ok", "votes": [], "filler": "x" * 1000})
+            store.add_result(f"{n:04x}", {"status": "ok", "votes": [], "filler": random.randbytes(500).hex()})
 
     with pytest.raises(RlaifError, match="cannot be written"):
         fill()
-    assert store.result("0") is not None
+    assert store.result("0000") is not None

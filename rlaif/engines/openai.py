@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
+import json
 import math
 import os
 import re
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+import aiohttp
 import openai
-from openai.types.chat import ChatCompletion
-from openai.types.chat.chat_completion import Choice
+import pydantic
 
 from rlaif.engines import beginnings, whole_choices
 from rlaif.records import (
+    BusyError,
     Completion,
     FatalError,
     NoLogprobsError,
@@ -41,14 +45,89 @@ STOPS = 4
 UNTOLD = -9999.0
 """What OpenAI reports in place of the log-probability of a token that is not among the most probable."""
 
+SPARED = 60.0
+"""The longest, in seconds, that a server is spared which fails while others go on."""
+
 TOP_LOGPROBS = (20, 5)
 """How many of the most probable tokens to ask for: OpenAI's limit, then that of servers that give fewer."""
+
+
+class _Part(pydantic.BaseModel):
+    """A part of an answer; what else is in it is left unread."""
+
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Likely(_Part):
+    token: str
+    logprob: float | None
+
+
+class _Token(_Likely):
+    top_logprobs: list[_Likely] | None = None
+
+
+class _Logprobs(_Part):
+    content: list[_Token] | None = None
+
+
+class _Message(_Part):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Choice(_Part):
+    message: _Message
+    finish_reason: str | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Usage(_Part):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float | None = None
+
+
+class StatusError(Exception):
+    """An answer other than 200: `code` and text are the server's own, `retry_after` the seconds that it asks to wait."""
+
+    def __init__(self, status: int, said: Any, retry_after: float | None = None):
+        error = said.get("error", said) if isinstance(said, dict) else said
+        told = error if isinstance(error, dict) else {}
+        self.status, self.code, self.retry_after = status, told.get("code"), retry_after
+        super().__init__(str(told.get("message") or error or "no reason given"))
+
+
+class Answer(_Part):
+    """What is read of a chat completion; the SDK's own type of it would turn away what servers leave out or add."""
+
+    choices: list[_Choice] = pydantic.Field(min_length=1)
+    usage: _Usage | None = None
+
+
+@dataclass(eq=False)
+class _Server:
+    """One of several that serve the same model."""
+
+    url: str
+    flying: int = 0
+    failures: int = 0
+    closed: float = 0.0  # the moment before which it is spared, by the monotonic clock
+
+    def failed(self) -> None:
+        """Spare it for a second, and twice as long each time that it fails again."""
+        self.failures += 1
+        self.closed = time.monotonic() + min(2.0 ** (self.failures - 1), SPARED)
 
 
 class OpenAIEngine:
     """Sends requests to `base_url` with the key in the environment variable OPENAI_API_KEY.
 
-    On making, asks the server for its models, which costs nothing and shows at once a wrong key or a server that is not
+    Several URLs, with commas between them, are servers of one and the same model: each request goes to the one that has
+    the fewest in flight, and from one that fails on to the next. The first stands for all in a request's key, so that
+    servers can be added or taken away between two runs.
+
+    On making, asks the servers for their models, which costs nothing and shows at once a wrong key or a server that is not
     there. `prefill` says whether the server can go on with an assistant's turn that the template began; unless given, it
     is what the model list tells. Where the server gives no log-probabilities, `complete` raises NoLogprobsError and
     a note says so.
@@ -57,7 +136,9 @@ class OpenAIEngine:
     refuses to or leaves one out. OpenAI reports it under the model itself, as vLLM does unless told otherwise; some servers
     report it after temperature and top_p. They differ, too, in whether they report the end-of-turn token and a stop text's.
 
-    Raises: UsageError without key or model, FatalError where the server does not answer or refuses the key.
+    Of the SDK, key and headers, models and errors are used; requests are sent without it, which takes a fifth of the time.
+
+    Raises: UsageError without key or model, FatalError where no server answers or one refuses the key.
     """
 
     def __init__(
@@ -67,15 +148,21 @@ class OpenAIEngine:
         prefill: bool | None = None,
         timeout: float = 120.0,
     ):
-        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-        if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise UsageError(f"--base-url must begin with http:// or https://, got {_public(self.base_url)}")
-        if "@" in urlsplit(self.base_url).netloc:
-            raise UsageError("--base-url: no user or password there: the key goes into the environment variable OPENAI_API_KEY")
+        urls = [url.strip() for url in (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI).split(",")]
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise UsageError(f"--base-url must begin with http:// or https://, got {_public(url)}")
+            if "@" in urlsplit(url).netloc:
+                raise UsageError(
+                    "--base-url: no user or password there: the key goes into the environment variable OPENAI_API_KEY"
+                )
+        self.base_url = urls[0]
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not self._key and self.base_url == OPENAI:
+        if not self._key and OPENAI in urls:
             raise UsageError("no key: set the environment variable OPENAI_API_KEY (or --base-url for a server without one)")
-        owners = self._models()
+        self.notes: list[str] = []
+        self._servers = [_Server(url) for url in dict.fromkeys(urls)]
+        owners = self._owners()
         self.model = model or self._only(owners)
         if prefill is None:
             prefill = owners.get(self.model, "") in CONTINUING
@@ -85,29 +172,41 @@ class OpenAIEngine:
             "base_url": _public(self.base_url),
             "prefill": prefill,
         }
-        self.notes: list[str] = []
         self._prefill = prefill
         self._top = 0  # index into TOP_LOGPROBS; past its end: the server gives none
         self._sums = True  # whether to ask for the log-probabilities of whole answers
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=self.base_url,
-            max_retries=0,  # the runner retries, for every engine alike
-            timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(timeout=timeout),
-        )
+        self._timeout = timeout
+        self._sdk = openai.AsyncOpenAI(api_key=self._key or "none", base_url=self.base_url)
+        self._session: aiohttp.ClientSession | None = None
 
-    def _models(self) -> dict[str, str]:
-        """The server's models and their owners; nothing where it has no such list."""
+    def _owners(self) -> dict[str, str]:
+        """The models of the servers, and their owners. A server that is not there is left out while there are others."""
+        found: dict[str, str] = {}
+        lost: list[FatalError] = []
+        for server in self._servers:
+            try:
+                found |= self._models(server.url)
+            except FatalError as error:
+                if not isinstance(error.__cause__, openai.APIConnectionError):
+                    raise
+                server.failed()
+                lost.append(error)
+        if len(lost) == len(self._servers):
+            raise lost[0]
+        self.notes += [f"{error}; the other servers go on without it" for error in lost]
+        return found
+
+    def _models(self, url: str) -> dict[str, str]:
+        """A server's models and their owners; nothing where it has no such list."""
         try:
-            with openai.OpenAI(api_key=self._key or "none", base_url=self.base_url, max_retries=2, timeout=20) as client:
+            with openai.OpenAI(api_key=self._key or "none", base_url=url, max_retries=2, timeout=20) as client:
                 return {m.id: m.owned_by or "" for m in client.models.list().data}
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise FatalError(f"the server refused the key: {self._words(error)}") from error
         except openai.APIStatusError:
             return {}
         except openai.APIConnectionError as error:
-            raise FatalError(f"no server answers at {_public(self.base_url)}: {self._words(error)}") from error
+            raise FatalError(f"no server answers at {_public(url)}: {self._words(error)}") from error
         except (ValueError, TypeError, AttributeError):  # some other JSON, or none
             return {}
 
@@ -118,28 +217,76 @@ class OpenAIEngine:
         return next(iter(owners))
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._sdk.close()
+        if self._session:
+            await self._session.close()
+
+    # ------------------------------------------------------------ one request
 
     async def complete(self, request: Request) -> Completion:
         top = TOP_LOGPROBS[self._top] if self._top < len(TOP_LOGPROBS) else None
         if request.choices and top is None:
             raise NoLogprobsError("the server gives no log-probabilities")
-        arguments = self._arguments(request, top)
+        body = self._body(request, top)
         try:
-            answer = await self._client.chat.completions.create(**arguments)
-        except openai.BadRequestError as error:
-            if "logprobs" in arguments and "logprobs" in str(error):
+            answer = await self._send(body)
+        except StatusError as error:
+            if error.status == 400 and "logprobs" in body and "logprobs" in str(error):
                 return await self._with_fewer(request, top)
-            raise self._too_many_stops(error, request) or self._failure(error) from error
-        except openai.OpenAIError as error:
-            raise self._failure(error) from error
-        except ValueError as error:
-            raise TransientError(f"the server's answer is not JSON: {error}") from error
+            raise self._failure(error, request) from error
         completion = self._read(answer, request)
         missing = {c: s for c, s in beginnings(request.choices).items() if c not in (completion.logprobs or {})}
         if not (missing and self._prefill):
             return completion
         return await whole_choices(request, missing, self.complete, completion)
+
+    async def _send(self, body: dict[str, Any]) -> bytes:
+        """The answer's body, from the server that has the least to do; from the next one where there is no connection.
+
+        Raises: TransientError without a connection, StatusError for an answer other than 200.
+        """
+        lost: dict[_Server, TransientError] = {}
+        while len(lost) < len(self._servers):
+            now = time.monotonic()
+            server = min(self._servers, key=lambda s: (s in lost, s.closed > now, s.flying))
+            try:
+                answer = await self._post(server, json.dumps(body).encode())
+            except (aiohttp.ClientError, OSError) as error:  # a time-out is an OSError too
+                server.failed()
+                lost[server] = TransientError(f"no connection to {_public(server.url)}: {self._words(error)}")
+                lost[server].__cause__ = error
+            except (StatusError, asyncio.CancelledError) as error:  # cancelled: given up for its slowness
+                if not isinstance(error, StatusError) or error.status == 429 or error.status >= 500:
+                    server.failed()
+                raise
+            else:
+                server.failures = 0
+                return answer
+        raise lost.popitem()[1]
+
+    async def _post(self, server: _Server, body: bytes) -> bytes:
+        if self._session is None:  # here, as it belongs to the event loop
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._headers(),
+                timeout=aiohttp.ClientTimeout(total=self._timeout),
+                trust_env=True,
+            )
+        server.flying += 1
+        try:
+            async with self._session.post(f"{server.url.rstrip('/')}/chat/completions", data=body) as response:
+                said = await response.read()
+        finally:
+            server.flying -= 1
+        if response.status != 200:
+            raise StatusError(response.status, _json(said), _retry_after(response.headers.get("Retry-After", "")))
+        return said
+
+    def _headers(self) -> dict[str, str]:
+        """The key, and the organisation and project that the SDK finds in the environment; not what it tells of this machine."""
+        found = {**self._sdk.default_headers, **self._sdk.auth_headers}
+        return {name: value for name, value in found.items() if isinstance(value, str) and not name.startswith("X-")}
 
     async def _with_fewer(self, request: Request, top: int | None) -> Completion:
         """The server refuses `top` log-probabilities: ask for fewer, of this request and all that follow."""
@@ -162,9 +309,10 @@ class OpenAIEngine:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _arguments(self, request: Request, top: int | None) -> dict[str, Any]:
-        messages: list[dict[str, str]] = [dict(m) for m in request.messages]  # type: ignore[arg-type]
-        arguments: dict[str, Any] = {
+    def _body(self, request: Request, top: int | None) -> dict[str, Any]:
+        """The request as the API takes it; `top`: how many of the most probable tokens to ask for."""
+        messages: list[Mapping[str, str]] = [*request.messages]  # type: ignore[list-item]
+        body: dict[str, Any] = {
             "model": self.model,
             "messages": messages,
             "temperature": request.temperature,
@@ -174,77 +322,64 @@ class OpenAIEngine:
         }
         if request.seed is not None:
             # One seed for all samples would give a server that honours it the same answer each time.
-            arguments["seed"] = (request.seed * 1_000_003 + request.sample) % 2**31
+            body["seed"] = (request.seed * 1_000_003 + request.sample) % 2**31
         if request.choices:
-            arguments |= {"logprobs": True, "top_logprobs": top}
+            body |= {"logprobs": True, "top_logprobs": top}
         elif request.logprob and self._sums:
-            arguments["logprobs"] = True
+            body["logprobs"] = True
         if request.stop and not request.choices:
-            arguments["stop"] = list(request.stop)
+            body["stop"] = list(request.stop)
         if self._prefill and request.prefix:
             messages.append({"role": "assistant", "content": request.prefix})
-            arguments["extra_body"] = {"continue_final_message": True, "add_generation_prompt": False}
-        return arguments
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body
 
-    def _read(self, answer: ChatCompletion, request: Request) -> Completion:
-        if not isinstance(answer, ChatCompletion) or not answer.choices:
-            raise TransientError("the server's answer holds no completion")
-        choice, usage = answer.choices[0], answer.usage
+    def _read(self, said: bytes, request: Request) -> Completion:
+        try:
+            answer = Answer.model_validate_json(said)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise TransientError(f"the server's answer is no completion: {where}{': ' * bool(where)}{first['msg']}") from error
+        choice, usage = answer.choices[0], answer.usage or _Usage()
         completion = Completion(
             text=choice.message.content or "",
             finish=choice.finish_reason,
             refusal=choice.message.refusal,
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
-            cost=getattr(usage, "cost", None),
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cost=usage.cost,
         )
         if completion.refusal or completion.finish == "content_filter":
             return completion
         if not request.choices:
             return self._with_sum(completion, choice) if request.logprob else completion
-        first = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
-        if first is None or not first.top_logprobs:
+        first_token = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
+        if first_token is None or not first_token.top_logprobs:
             self._top = len(TOP_LOGPROBS)
             self._note_sampled()
             raise NoLogprobsError("the server gives no log-probabilities", completion)
-        reported = {t.token: t.logprob for t in first.top_logprobs}
-        return Completion(
-            completion.text,
-            choice_logprobs(reported, request.choices),
-            min(reported.values()),
-            completion.finish,
-            None,
-            completion.prompt_tokens,
-            completion.completion_tokens,
-            completion.cost,
-        )
+        reported = {t.token: t.logprob for t in first_token.top_logprobs if t.logprob is not None}
+        if not reported:
+            raise TransientError("the server's answer is no completion: log-probabilities without a value")
+        return replace(completion, logprobs=choice_logprobs(reported, request.choices), floor=min(reported.values()))
 
-    def _with_sum(self, completion: Completion, choice: Choice) -> Completion:
+    def _with_sum(self, completion: Completion, choice: _Choice) -> Completion:
         """The completion with its log-probability, where the server reports that of each token."""
         tokens = choice.logprobs.content if choice.logprobs else None
         values = [token.logprob for token in tokens or ()]
-        if values and all(isinstance(value, int | float) and value > UNTOLD for value in values):
-            return replace(completion, logprob=math.fsum(values))
+        known = [value for value in values if value is not None and value > UNTOLD]
+        if known and len(known) == len(values):
+            return replace(completion, logprob=math.fsum(known))
         if completion.text:  # else there may have been no token to report
             self._note_no_sums()
         return completion
 
-    def _too_many_stops(self, error: openai.BadRequestError, request: Request) -> FatalError | None:
+    def _failure(self, error: StatusError, request: Request) -> RlaifError:
         words = self._words(error)
-        if len(request.stop) <= STOPS or "stop" not in words.lower():
-            return None
-        return FatalError(f"the server refuses {len(request.stop)} stop texts (OpenAI takes at most {STOPS}): {words}")
-
-    def _failure(self, error: openai.OpenAIError) -> RlaifError:
-        """What an SDK error means for the run."""
-        words = self._words(error)
-        if isinstance(error, openai.APITimeoutError):
-            return TransientError("the server did not answer in time")
-        if isinstance(error, openai.APIConnectionError):
-            return TransientError(f"no connection to {_public(self.base_url)}: {words}")
-        if isinstance(error, openai.APIStatusError):
-            return _status_failure(error, words)
-        return TransientError(f"the server's answer cannot be read: {words}")
+        if error.status == 400 and len(request.stop) > STOPS and "stop" in words.lower():
+            return FatalError(f"the server refuses {len(request.stop)} stop texts (OpenAI takes at most {STOPS}): {words}")
+        return status_failure(error, words)
 
     def _words(self, error: Exception) -> str:
         """The server's own words, on one line, never with the key."""
@@ -254,22 +389,22 @@ class OpenAIEngine:
         return text.replace(self._key, "[key]") if self._key else text
 
 
-def _status_failure(error: openai.APIStatusError, words: str) -> RlaifError:
-    status = error.status_code
-    if status == 429 and error.code != "insufficient_quota":
-        return TransientError(f"429: {words}", _retry_after(error))
+def status_failure(error: StatusError, words: str) -> RlaifError:
+    """What an answer other than 200 means for the run."""
+    status, code = error.status, error.code
+    if status == 429 and code != "insufficient_quota":
+        return BusyError(f"429: {words}", error.retry_after)
     if status in (408, 409, 425) or status >= 500:
-        return TransientError(f"{status}: {words}", _retry_after(error))
-    if error.code == "context_length_exceeded" or status == 413 or (status == 400 and TOO_LONG.search(words)):
+        return TransientError(f"{status}: {words}", error.retry_after)
+    if code == "context_length_exceeded" or status == 413 or (status == 400 and TOO_LONG.search(words)):
         return RowError(f"the prompt is too long for the model: {words}")
-    if error.code in ("content_filter", "content_policy_violation"):
+    if code in ("content_filter", "content_policy_violation"):
         return RefusedError(f"the server's content filter: {words}")
     return FatalError(f"the server says {status}: {words}")
 
 
-def _retry_after(error: openai.APIStatusError) -> float | None:
+def _retry_after(value: str) -> float | None:
     """Seconds from the header Retry-After (a number or a date); at most ten minutes."""
-    value = error.response.headers.get("retry-after", "")
     try:
         seconds = float(value)
     except ValueError:
@@ -293,6 +428,14 @@ def choice_logprobs(reported: dict[str, float], choices: tuple[str, ...]) -> dic
             top = max(same)
             found[choice] = top + math.log(sum(math.exp(x - top) for x in same))
     return found
+
+
+def _json(said: bytes) -> Any:
+    """The JSON that a body holds, else its first words."""
+    try:
+        return json.loads(said)
+    except ValueError:
+        return said[:500].decode("utf-8", "replace")
 
 
 def _public(url: str) -> str:

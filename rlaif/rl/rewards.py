@@ -581,13 +581,14 @@ class Rewards:
             key, limits = asked.weights, Limits(AT_ONCE, self._tries, None)
             here, make = True, partial(_reward_engine, asked, self._device)
         else:
-            rows, seconds, prices = asked.pace
-            if self._max_cost is not None and seconds and prices is None:
+            pace = asked.pace
+            if self._max_cost is not None and pace.timeout and pace.prices is None:
                 raise UsageError(f"max_cost needs a price in the labeler {asked.name}, for prices change and are not guessed")
-            limits = Limits(rows, self._tries, self._timeout if seconds else None, self._max_cost, prices)
+            timeout = self._timeout if pace.timeout else None
+            limits = replace(pace, tries=self._tries, timeout=timeout, max_cost=self._max_cost)
             if self._device and asked.engine in ON_A_DEVICE:
                 asked = asked.changed(options={"device": self._device, **asked.options})
-            key = digest([asked.engine, asked.model, asked.base_url, asked.options, rows, prices])
+            key = digest([asked.engine, asked.model, asked.base_url, asked.options, pace.concurrency, pace.prices])
             here, make = asked.engine in HERE, partial(asked.make_engine, limits)
         self.in_process = self.in_process or here
         if key not in self._judges:

@@ -157,8 +157,7 @@ def _judged(labeler: Labeler, pairs: list[Row], folder: Path) -> list[Row]:
     source = _written(pairs, folder / "pairs.jsonl")
     facts = {"labeler": labeler.model_dump(mode="json", exclude_defaults=True)}
     job = Job(source, folder / "judged.jsonl", lambda: data.comparisons(source), labeler.pairwise(), facts, "judging them")
-    rows, seconds, price = labeler.pace
-    limits = Limits(rows, timeout=seconds, prices=price)
+    limits = labeler.pace
     job.run(labeler.make_engine(limits), limits, job.check(keep_bad=True))
     return _rows(job.out)
 
