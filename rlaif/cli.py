@@ -26,6 +26,7 @@ from rlaif.options import (
     Judging,
     Reading,
     Running,
+    Spreading,
     grouped,
     labelled_rows,
     pairs_of,
@@ -110,7 +111,7 @@ def label(
     judging: Judging,
     comparing: Comparing,
     reading: Reading,
-    running: Running,
+    running: Spreading,
     combine: Annotated[Combine, typer.Option(help="How several labelers' soft labels become one.")] = Combine.mean,
     calibration: Annotated[
         str | None, typer.Option(metavar="FILE", help="Human-labelled rows to learn the weights of --combine weighted from.")
@@ -140,7 +141,7 @@ def _label_together(
     out: Path,
     labelers: list[Labeler],
     reading: Reading,
-    running: Running,
+    running: Spreading,
     combine: Combine,
     calibration: str | None,
     human: str | None,
@@ -164,9 +165,9 @@ def _label_together(
         items = reading.comparisons(data, sides)
         jobs.append((Job(data, folder / f"{name}.jsonl", items, labeler.pairwise(), reading.facts(), name), labeler))
         if calibration:
-            items = Reading(mapping=reading.mapping).comparisons(calibration, sides)
-            path = folder / f"{name}.calibration.jsonl"
-            jobs.append((Job(calibration, path, items, labeler.pairwise(), {}, f"{name}, calibration"), labeler))
+            named = Reading(mapping=reading.mapping)
+            path, items = folder / f"{name}.calibration.jsonl", named.comparisons(calibration, sides)
+            jobs.append((Job(calibration, path, items, labeler.pairwise(), named.facts(), f"{name}, calibration"), labeler))
     folder.mkdir(exist_ok=True)
     _run_all(jobs, running)
     weights = {}
@@ -182,20 +183,28 @@ def _label_together(
     say_report(report, out, running.max_errors)
 
 
-def _run_all(jobs: list[tuple[Job, Labeler]], running: Running) -> list[dict[str, Any]]:
+def _run_all(jobs: list[tuple[Job, Labeler]], running: Spreading) -> list[dict[str, Any]]:
     """Check everything that can be checked of all jobs, then do one after the other, within one budget."""
+    for job, labeler in jobs:
+        job.facts = {"labeler": labeler.model_dump(mode="json", exclude_defaults=True), **job.facts}
     limits = [running.limits(labeler) for _, labeler in jobs]
-    totals = [job.check(keep_bad=running.bad_rows is BadRows.keep) for job, _ in jobs]
+    spread = running.spread
+    totals = [job.check(running.bad_rows is BadRows.keep, sharded=spread is not None) for job, _ in jobs]
     reports: list[dict[str, Any]] = []
     for (job, labeler), total, limit in zip(jobs, totals, limits, strict=True):
-        job.facts = {"labeler": labeler.model_dump(mode="json", exclude_defaults=True), **job.facts}
-        engine = None if running.reparse else labeler.make_engine(limit)
+        if spread:
+            from rlaif import cluster
+
+            judge = None if running.reparse else labeler
+            reports.append(cluster.run(job, judge, limit, total, spread, redo=running.relabel))
+            continue
+        engine = None if running.reparse else labeler.make_engine(limit, job.batches if running.batch else None)
         spent = sum(report["this_run"]["cost_usd"] or 0.0 for report in reports)
         reports.append(job.run(engine, limit.after(spent), total, redo=running.relabel))
     return reports
 
 
-def _run(job: Job, labeler: Labeler, running: Running) -> None:
+def _run(job: Job, labeler: Labeler, running: Spreading) -> None:
     say_report(_run_all([(job, labeler)], running)[0], job.out, running.max_errors)
 
 
@@ -206,7 +215,7 @@ def score(
     out: Out,
     judging: Judging,
     reading: Reading,
-    running: Running,
+    running: Spreading,
     attribute: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[=WEIGHT]", help="Rate by this rating template; several are averaged (default: overall)."),
@@ -256,7 +265,7 @@ def rank(
     judging: Judging,
     comparing: Comparing,
     reading: Reading,
-    running: Running,
+    running: Spreading,
     method: Annotated[Method, typer.Option(help="All pairs, all responses in one prompt, or n-1 matches.")] = Method.pairs,
 ) -> None:
     """Rank several responses a prompt: DATA's rows of prompt and responses with a ranking, scores and pairs, into OUT."""
@@ -287,7 +296,7 @@ def sample(
     out: Out,
     answering: Answering,
     reading: Reading,
-    running: Running,
+    running: Spreading,
     count: Annotated[int, typer.Option("--n", min=1, help="Responses a prompt.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the draws.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: the share of probability kept.")] = 1.0,
@@ -328,7 +337,7 @@ def revise(
     out: Out,
     answering: Answering,
     reading: Reading,
-    running: Running,
+    running: Spreading,
     method: Annotated[Revising, typer.Option(help="By a constitution's principles, or CLAIR's minimal improvement.")],
     constitution: Annotated[
         str | None, typer.Option(help="The principles to revise by: a shipped constitution's name, or a file.")

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from rlaif.records import Row, UsageError, digest
+from rlaif.records import RlaifError, Row, UsageError, digest
 
 RESERVED = ("status", "soft_label", "label", "dispersion", "votes", "error")
 RESERVED_SCORE = ("status", "score", "scores", "dispersion", "votes", "error")
@@ -31,6 +31,8 @@ or it would be lost."""
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +103,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path} row {number}", row
-    except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{path} after row {number}: cannot be read as parquet: {error}") from error
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        # Texts that are no UTF-8 and dates that are none, too.
+        raise UsageError(f"{path} after row {number}: cannot be read as parquet: {' '.join(str(error).split())}") from error
 
 
 def _dataset_rows(source: str, split: str | None, saved: bool) -> Iterator[tuple[str, Row]]:
@@ -417,16 +420,22 @@ def run_path(out: Path) -> Path:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place only when the block ends well."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary path beside `path` that takes its place only when the block ends well.
+
+    Raises: RlaifError naming `path`, where it cannot be written (a full disk, a closed folder).
+    """
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise RlaifError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -561,7 +570,7 @@ def _encodable(value: Any) -> Any:
     return value
 
 
-def chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+def chunks(rows: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(rows)
     while chunk := list(islice(iterator, size)):
         yield chunk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
@@ -28,6 +29,10 @@ CONCURRENCY = {"openai": 256, "vllm": 256, "transformers": 64, "embedded": 64, "
 
 START = {"openai": 32}
 """Calls in flight at first, where a server is to be found out."""
+
+
+BATCHED = 25_000
+"""The most rows in flight where they go in batches: in both orders, a full file of OpenAI's. Each takes some 30 kB."""
 
 
 class Labeler(YamlFile):
@@ -116,8 +121,18 @@ class Labeler(YamlFile):
             rows, start = self.concurrency, None
         return Limits(rows, timeout=seconds, prices=self.price, start=start)
 
-    def make_engine(self, limits: Limits) -> Engine:
-        """The engine, ready to answer.
+    @property
+    def batch_pace(self) -> Limits:
+        """The same for batches: as many rows as memory has room for, and a stop does not wait for what may take a day.
+
+        Raises: UsageError for an engine that has none.
+        """
+        if self.engine != "openai":
+            raise UsageError(f"--batch goes with --engine openai, not {self.engine}")
+        return Limits(self.concurrency or BATCHED, timeout=None, prices=self.price, calls=40 * BATCHED, wait=False)
+
+    def make_engine(self, limits: Limits, ledger: Path | None = None) -> Engine:
+        """The engine, ready to answer; through batches where it is given a folder `ledger` to keep a record of them.
 
         Raises: UsageError for settings that do not go together, FatalError where it cannot start.
         """
@@ -128,7 +143,7 @@ class Labeler(YamlFile):
         settings: dict[str, Any] = dict(self.options)
         if self.engine == "openai" and limits.timeout:
             settings.setdefault("timeout", limits.timeout)
-        return make_engine(self.engine, **{"model": self.model, "base_url": self.base_url, **settings})
+        return make_engine(self.engine, **{"model": self.model, "base_url": self.base_url, **settings, "ledger": ledger})
 
     @property
     def asking(self) -> Asking:

@@ -16,6 +16,7 @@ import typer
 from rlaif.records import RlaifError, Row, UsageError
 
 if TYPE_CHECKING:
+    from rlaif.cluster import Spread
     from rlaif.data import Item
     from rlaif.labeler import Labeler
     from rlaif.runner import Limits
@@ -222,6 +223,38 @@ class Running:
             max_cost=self.max_cost,
             prices=price,
         )
+
+
+@dataclass
+class Spreading(Running):
+    """How to run, and on what machines."""
+
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: HOST:PORT, auto, or local (this machine).")
+    ] = None
+    workers: Annotated[int | None, typer.Option(min=1, help="Its workers (default: one a GPU, else one a machine).")] = None
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows that a worker takes at a time (default: 1,000).")] = None
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Ask in files, for --engine openai: OpenAI answers within a day, at half the price.")
+    ] = False
+
+    def limits(self, labeler: Labeler) -> Limits:
+        if not self.batch:
+            return super().limits(labeler)
+        if self.timeout or self.ray:
+            raise UsageError(f"{'--timeout' if self.timeout else '--ray'} does not go with --batch")
+        return self.within(labeler.batch_pace)
+
+    @property
+    def spread(self) -> Spread | None:
+        """Where to run, where it is a cluster. Raises: UsageError for options that only a cluster has."""
+        if self.ray is None:
+            if self.workers or self.shard_rows:
+                raise UsageError("--workers and --shard-rows go with --ray")
+            return None
+        from rlaif.cluster import Spread
+
+        return Spread(self.ray, self.workers, self.shard_rows)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -91,9 +91,17 @@ class _Loader(jinja2.BaseLoader):
                 text = path.read_text(encoding="utf-8-sig")
                 self.texts[template] = text
                 self.settings[template] = _front(text, path)
-                # Blank lines in place of the head, so that an error's line number is the file's.
-                return FRONT.sub(lambda m: "\n" * m.group().count("\n"), text), str(path), lambda: True
+                return _body(text), str(path), lambda: True
         raise jinja2.TemplateNotFound(template)
+
+
+def _body(text: str) -> str:
+    """A template's text with blank lines in place of the head, so that an error's line number is the file's."""
+    return FRONT.sub(lambda m: "\n" * m.group().count("\n"), text)
+
+
+def _environment(loader: jinja2.BaseLoader) -> jinja2.Environment:
+    return ImmutableSandboxedEnvironment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def _front(text: str, path: Path) -> dict[str, Any]:
@@ -127,6 +135,16 @@ class Template:
     tags: frozenset[str] = field(repr=False)
     blocks: frozenset[str] = field(repr=False)
     variables: frozenset[str] = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With its texts in place of what Jinja made of them, so that it can be sent to another process."""
+        loader: Any = self.source.environment.loader
+        texts = loader.mapping if isinstance(loader, jinja2.DictLoader) else {k: _body(v) for k, v in loader.texts.items()}
+        return {**vars(self), "source": (self.source.name, texts)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        name, texts = state["source"]
+        vars(self).update(state, source=_environment(jinja2.DictLoader(texts)).get_template(name))
 
     def render(self, ending: Ending = "ending", rationale: str | None = None, **values: Any) -> tuple[tuple[Message, ...], str]:
         """The messages, and the beginning of the assistant's turn. Every text among `values` is fenced.
@@ -178,9 +196,7 @@ def load_template(name: str, kind: str = "pairwise") -> Template:
 
 
 def _compile(inner: str, name: str, loader: _Loader, kind: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = _environment(loader)
     try:
         source = environment.get_template(inner)
         _load_parents(environment, loader)

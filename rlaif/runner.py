@@ -11,8 +11,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import tenacity
-
 from rlaif.engines import Engine
 from rlaif.records import (
     STATUSES,
@@ -28,6 +26,9 @@ from rlaif.records import (
 )
 from rlaif.store import Store
 from rlaif.window import Window
+
+SENT_BACK = 0.1
+"""Seconds for which a call that was sent back keeps its place: who refuses at once would be asked the more often for it."""
 
 
 class StoppedError(RlaifError):
@@ -73,7 +74,8 @@ class Limits:
     """How hard to press: rows and calls in flight, tries a call, seconds it may take, US dollars, prices per million tokens.
 
     `start`: calls in flight at first, where it is to be found out how many of `concurrency` the server takes (`Window`).
-    `spent` are the US dollars of the budget `max_cost` that are gone already.
+    `spent` are the US dollars of the budget `max_cost` that are gone already. `calls`: the most calls in flight, where that is
+    not `concurrency`. `wait`: whether a stop waits for them; where it does not, they go on, and the next run has their answers.
     """
 
     concurrency: int = 32
@@ -83,6 +85,8 @@ class Limits:
     prices: tuple[float, float] | None = None
     spent: float = 0.0
     start: int | None = None
+    calls: int | None = None
+    wait: bool = True
 
     def after(self, spent: float) -> Limits:
         """The limits of the next run within the same budget, of which so much is spent."""
@@ -124,19 +128,6 @@ class Tally:
         return " · ".join(parts)
 
 
-class _Tries:
-    """Ends a call's tries when so many have failed; to be sent back by a busy server that answers others is no failure."""
-
-    def __init__(self, runner: Runner):
-        self._runner, self._seen, self._failed = runner, runner.answers, 0
-
-    def __call__(self, state: tenacity.RetryCallState) -> bool:
-        error = state.outcome.exception() if state.outcome else None
-        others, self._seen = self._runner.answers > self._seen, self._runner.answers
-        self._failed += not (isinstance(error, BusyError) and others)
-        return self._failed >= self._runner.limits.tries
-
-
 class Budget:
     """US dollars that are spent, and the most that calls in flight can cost; runners may share one."""
 
@@ -160,7 +151,7 @@ class Runner:
         self.budget = budget or Budget(limits.spent)
         self.offline = isinstance(engine, StoredEngine)
         self.tally = Tally()
-        self.window = Window(limits.concurrency, limits.start)
+        self.window = Window(limits.calls or limits.concurrency, limits.start)
         self._flying: dict[str, asyncio.Task[Completion]] = {}
         self._stop: RlaifError | None = None
         self._stopped = asyncio.Event()
@@ -180,8 +171,7 @@ class Runner:
             try:
                 await asyncio.gather(*workers)
             except asyncio.CancelledError:  # the second Ctrl-C: what is in flight is given up
-                for call in self._flying.values():
-                    call.cancel()
+                self._give_up()
                 if self._stop is None:
                     raise
             finally:
@@ -195,6 +185,12 @@ class Runner:
         """Send nothing more; the first reason given is the one that `run` raises."""
         self._stop = self._stop or reason
         self._stopped.set()
+        if not self.limits.wait:
+            asyncio.get_running_loop().call_soon(self._give_up)  # after the calls whose answers are there already
+
+    def _give_up(self) -> None:
+        for call in self._flying.values():
+            call.cancel()
 
     @property
     def reason(self) -> RlaifError | None:
@@ -272,21 +268,21 @@ class Runner:
             return completion
 
     async def _retried(self, request: Request) -> Completion:
-        retrying = tenacity.AsyncRetrying(
-            stop=_Tries(self),
-            wait=self._wait,
-            retry=tenacity.retry_if_exception_type(TransientError),
-            sleep=self._sleep,
-            reraise=True,
-        )
-        try:
-            answer: Completion = await retrying(self._once, request)
-        except TransientError as error:
-            raise self._given_up(error) from error
-        except FatalError as error:
-            self.stop(error)
-            raise StoppedError(str(error)) from error
-        return answer
+        failed = seen = 0
+        while True:
+            try:
+                return await self._once(request)
+            except FatalError as error:
+                self.stop(error)
+                raise StoppedError(str(error)) from error
+            except TransientError as error:
+                # To be sent back by a busy server that answers others is no failure: the call only waits for its turn.
+                failed += not (isinstance(error, BusyError) and self.answers > seen)
+                seen = self.answers
+                if failed >= self.limits.tries:
+                    raise self._given_up(error) from error
+                self.tally.retries += 1
+                await self._sleep(_pause(error, failed))
 
     async def _once(self, request: Request) -> Completion:
         async with self.window as number:
@@ -300,18 +296,11 @@ class Runner:
             except BusyError:
                 self.tally.slowed += 1
                 self.window.narrow(number)
+                await self._sleep(random.uniform(0.5, 1.0) * SENT_BACK)
                 raise
-            self.window.widen()
+            self.window.widen(number)
         self._failures, self.answers = 0, self.answers + 1
         return answer
-
-    def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Seconds until the next try: what the server asked for, else doubling from half a second, with jitter."""
-        self.tally.retries += 1
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, TransientError) and error.retry_after is not None:
-            return error.retry_after + random.uniform(0, 0.1)
-        return float(min(30.0, 0.5 * 2 ** (state.attempt_number - 1)) * random.uniform(0.5, 1.0))
 
     async def _sleep(self, seconds: float) -> None:
         try:
@@ -399,3 +388,10 @@ class Runner:
         finally:
             for name in names:
                 loop.remove_signal_handler(name)
+
+
+def _pause(error: TransientError, failed: int) -> float:
+    """Seconds until the next try: what the server asked for, else half a second, doubled by each failure, with jitter."""
+    if error.retry_after is not None:
+        return error.retry_after + random.uniform(0, 0.1)
+    return min(30.0, 0.5 * 2.0 ** max(failed - 1, 0)) * random.uniform(0.5, 1.0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from rlaif.records import RETRIED, Completion, RlaifError, Row, UsageError
+from rlaif.records import RETRIED, STATUSES, Completion, RlaifError, Row, UsageError
 
 VERSION = 2
 
@@ -35,8 +35,8 @@ ALTER TABLE completions RENAME TO old_completions;
 ALTER TABLE rows RENAME TO old_rows;
 {schema}
 INSERT INTO completions
-    SELECT packed_key(key), usable, prompt_tokens, completion_tokens, cost, packed(value) FROM old_completions;
-INSERT INTO rows SELECT packed_key(key), status, packed(value) FROM old_rows;
+    SELECT packed_key(key), usable, prompt_tokens, completion_tokens, cost, packed(key, value) FROM old_completions;
+INSERT INTO rows SELECT packed_key(key), status, packed(key, value) FROM old_rows;
 DROP TABLE old_completions;
 DROP TABLE old_rows;
 PRAGMA user_version=2;
@@ -66,10 +66,14 @@ class Usage:
     cost_usd: float | None
 
 
+class HeldError(UsageError):
+    """Another process has the store open."""
+
+
 class Store:
     """Keeps what was paid for. Every write is committed at once (WAL), so that a killed process loses nothing it was given.
 
-    Raises on opening: UsageError when another process works on the same output, RlaifError for a file that is no store,
+    Raises on opening: HeldError when another process works on the same output, RlaifError for a file that is no store,
     is damaged, or was written by a newer version.
     """
 
@@ -81,11 +85,11 @@ class Store:
             raise RlaifError(f"{path}: cannot be opened: {error}") from error
         try:
             self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             self._db.close()
             if "locked" in str(error):
-                raise UsageError(f"{path}: another process works on this output; wait for it, or choose another -o") from None
-            raise RlaifError(f"{path}: not a store that can be read ({error}); move it away to start anew") from error
+                raise HeldError(f"{path}: another process works on this output; wait for it, or choose another -o") from None
+            raise RlaifError(f"{path}: not a store that can be read ({_plain(error)}); move it away to start anew") from error
         except RlaifError:
             self._db.close()
             raise
@@ -101,7 +105,7 @@ class Store:
             raise RlaifError(f"{self.path}: written by a newer rlaif (store version {found}, this one knows {VERSION})")
         if found == 1:
             self._db.create_function("packed_key", 1, bytes.fromhex)
-            self._db.create_function("packed", 1, lambda text: _packed(json.loads(text)))
+            self._db.create_function("packed", 2, lambda key, text: _packed(bytes.fromhex(key), json.loads(text)))
             self._db.executescript(MIGRATION.format(schema=SCHEMA))
         self._db.executescript(SCHEMA)
         self._db.execute(f"PRAGMA user_version={VERSION}")
@@ -112,7 +116,10 @@ class Store:
     def meta(self, name: str) -> Any:
         """What `set_meta` last kept under this name; None in a new store."""
         found = self._read("SELECT value FROM meta WHERE name = ?", name)
-        return json.loads(found[0]) if found else None
+        try:
+            return json.loads(found[0]) if found else None
+        except ValueError as error:
+            raise self._damaged(error) from error
 
     def set_meta(self, name: str, value: Any) -> None:
         """Keep something JSON-able about the whole: `settings` are those that the rows in here were made with."""
@@ -121,24 +128,31 @@ class Store:
     def completion(self, key: str, even_failed: bool = False) -> Completion | None:
         """The stored answer to a request; one that its row failed with only when asked for."""
         query = "SELECT value FROM completions WHERE key = ?" + ("" if even_failed else " AND usable")
-        found = self._read(query, bytes.fromhex(key))
-        return Completion(**self._load(found[0]), key=key) if found else None
+        value = self._load(query, key)
+        return Completion(**value, key=key) if value else None
+
+    def has(self, key: str) -> bool:
+        """Whether a request was answered, whatever came of it."""
+        return self._read("SELECT 1 FROM completions WHERE key = ?", bytes.fromhex(key)) is not None
 
     def add_completion(self, key: str, completion: Completion) -> None:
         value = {name: held for name in NAMES if (held := getattr(completion, name)) is not None}
         tokens = completion.prompt_tokens, completion.completion_tokens
-        values = (bytes.fromhex(key), *tokens, completion.cost, _packed(value))
+        whole = bytes.fromhex(key)
+        values = (whole, *tokens, completion.cost, _packed(whole, value))
         self._write("INSERT OR REPLACE INTO completions VALUES (?, 1, ?, ?, ?, ?)", values)
 
     def result(self, key: str) -> Row | None:
         """The stored result of a row, whatever its status."""
-        found = self._read("SELECT value FROM rows WHERE key = ?", bytes.fromhex(key))
-        return self._load(found[0]) if found else None
+        value: Row | None = self._load("SELECT value FROM rows WHERE key = ?", key)
+        return value
 
     def status(self, key: str) -> str | None:
         """The stored status of a row; None for one that has no result."""
         found = self._read("SELECT status FROM rows WHERE key = ?", bytes.fromhex(key))
-        return str(found[0]) if found else None
+        if found and found[0] not in STATUSES:
+            raise self._damaged(ValueError("a status that is none"))
+        return found[0] if found else None
 
     def finished(self, key: str) -> bool:
         """Whether the row needs no call any more."""
@@ -147,7 +161,8 @@ class Store:
 
     def add_result(self, key: str, result: Row) -> None:
         """Store a row's result. The completions that a row failed with will be asked for again."""
-        self._write("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", (bytes.fromhex(key), result["status"], _packed(result)))
+        whole = bytes.fromhex(key)
+        self._write("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", (whole, result["status"], _packed(whole, result)))
         if result["status"] in RETRIED:
             for part in (part for name in PARTS for part in result.get(name) or []):
                 if part["status"] in RETRIED and part["key"]:
@@ -162,18 +177,21 @@ class Store:
     def _read(self, query: str, *values: str | bytes) -> tuple[Any, ...] | None:
         try:
             found: tuple[Any, ...] | None = self._db.execute(query, values).fetchone()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             raise self._damaged(error) from error
         return found
 
-    def _load(self, stored: bytes) -> Any:
+    def _load(self, query: str, key: str) -> Any:
+        """The value under a key; None where there is none."""
+        whole = bytes.fromhex(key)
+        found = self._read(query, whole)
         try:
-            return json.loads(_unpacked(stored))
-        except (ValueError, zlib.error) as error:
+            return json.loads(_unpacked(whole, found[0])) if found else None
+        except (ValueError, TypeError, zlib.error) as error:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> RlaifError:
-        return RlaifError(f"{self.path}: damaged ({error}); move it away to start anew")
+        return RlaifError(f"{self.path}: damaged ({_plain(error)}); move it away to start anew")
 
     def _write(self, query: str, values: tuple[Any, ...]) -> None:
         try:
@@ -182,15 +200,23 @@ class Store:
             raise RlaifError(f"{self.path}: cannot be written: {error}") from error
 
 
-def _packed(value: Any) -> bytes:
-    """The value as compressed JSON; ASCII, so that a lone surrogate from a server can be stored too."""
-    packing = zlib.compressobj(1, zdict=WORDS)
+def _plain(error: Exception) -> str:
+    """What SQLite says, which may quote what it could not read."""
+    return "".join(c if c.isprintable() else "·" for c in str(error)[:200])
+
+
+def _packed(key: bytes, value: Any) -> bytes:
+    """The value as compressed JSON; ASCII, so that a lone surrogate from a server can be stored too.
+
+    The key is a part of the dictionary, by whose checksum zlib knows a value that stands under another one's key.
+    """
+    packing = zlib.compressobj(1, zdict=key + WORDS)
     return packing.compress(json.dumps(value, separators=(",", ":")).encode()) + packing.flush()
 
 
-def _unpacked(stored: bytes) -> bytes:
+def _unpacked(key: bytes, stored: bytes) -> bytes:
     """Raises: zlib.error where a byte is not what it was, by zlib's own checksum."""
-    packing = zlib.decompressobj(zdict=WORDS)
+    packing = zlib.decompressobj(zdict=key + WORDS)
     value = packing.decompress(stored)
     if not packing.eof:
         raise zlib.error("cut short")

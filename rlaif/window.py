@@ -14,14 +14,15 @@ class Window:
     """Places for calls: `async with window as number:` waits for one, first come first served.
 
     Additive increase, multiplicative decrease (Chiu and Jain, Computer Networks and ISDN Systems 17, 1989): a window full of
-    answers widens it by one call, up to `most`; a sign of congestion narrows it, once for all calls that were sent before,
-    as they tell of the same congestion. `start`: its width at first, `most` unless given.
+    answers widens it by one call, up to `most`; a sign of congestion narrows it, once a round trip: what comes before a call
+    that was sent after it is answered tells of the same congestion. `start`: its width at first, `most` unless given.
     """
 
     def __init__(self, most: int, start: int | None = None):
         self.most, self.width = most, float(min(start or most, most))
         self.flying = 0
-        self._sent = self._narrowed = 0
+        self._sent = self._narrowed = 0  # calls that were sent, and those before the window was last narrowed
+        self._settled = True
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     async def __aenter__(self) -> int:
@@ -44,15 +45,16 @@ class Window:
     ) -> None:
         self._leave()
 
-    def widen(self) -> None:
-        """A call was answered."""
+    def widen(self, number: int) -> None:
+        """The call of this number was answered."""
         self.width = min(self.width + 1 / self.width, float(self.most))
+        self._settled = self._settled or number > self._narrowed
 
     def narrow(self, number: int) -> None:
         """The call of this number met congestion."""
-        if number > self._narrowed:
+        if self._settled and number > self._narrowed:
             self.width = max(self.width * SHRINK, 1.0)
-            self._narrowed = self._sent
+            self._narrowed, self._settled = self._sent, False
 
     def _leave(self) -> None:
         self.flying -= 1

@@ -20,6 +20,18 @@ def shipped(kind: str) -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
 
+DEEPEST = 50
+"""Levels of lists and mappings within each other; our own files have six at most."""
+
+STARTS = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
+ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+
+
 class YamlFile(BaseModel):
     """What such a file holds; fields that are not known are refused. `name` is the file's own, unless it says another."""
 
@@ -47,11 +59,9 @@ def named(kind: str, name: str) -> Path:
         if not path.is_file():
             raise UsageError(f"no such file: {name}")
         return path
-    folder = shipped(kind)
-    found = (folder / f"{name}.yaml").resolve()
-    if not found.is_relative_to(folder.resolve()) or not found.is_file():
+    if name not in listed(kind):
         raise UsageError(f"no file '{name}', and none of that name among the shipped {kind}: {', '.join(listed(kind))}")
-    return found
+    return (shipped(kind) / f"{name}.yaml").resolve()
 
 
 def beside(file: Path, name: str) -> str:
@@ -106,7 +116,7 @@ def parse_yaml(text: str, what: str) -> dict[str, Any]:
     Raises: UsageError beginning with `what`, a plural.
     """
     try:
-        aliases = any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
+        aliases = _has_alias(text)
         content = {} if aliases else yaml.load(text, _Loader)  # a SafeLoader
     except Exception as error:  # beside YAMLError, whatever int() and their like raise in PyYAML
         raise UsageError(f"{what} are not YAML: {' '.join(str(error).split())}") from error
@@ -115,6 +125,18 @@ def parse_yaml(text: str, what: str) -> dict[str, Any]:
     if not isinstance(content, dict | None):
         raise UsageError(f"{what} must be 'name: value' lines")
     return content or {}
+
+
+def _has_alias(text: str) -> bool:
+    """Raises: YAMLError for what is nested deeper than DEEPEST, on which PyYAML would spend minutes."""
+    depth = 0
+    for token in yaml.scan(text):
+        depth += isinstance(token, STARTS) - isinstance(token, ENDS)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"nested more than {DEEPEST} deep")
+        if isinstance(token, yaml.AliasToken):
+            return True
+    return False
 
 
 def in_words(error: ValidationError, content: Any) -> str:

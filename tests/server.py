@@ -26,8 +26,9 @@ class Server:
     `bodies` are all requests that came; `answered` counts the answers sent for each distinct one.
     """
 
-    def __init__(self, bias: float = 0.0):
+    def __init__(self, bias: float = 0.0, port: int = 0):
         self.bias = bias
+        self.port = port  # 0: any that is free
         self.key: str | None = None
         self.model = "planted"
         self.owner = "test"
@@ -55,15 +56,18 @@ class Server:
         self._thread.join(10)
 
     async def _start(self) -> None:
-        app = web.Application(client_max_size=2**26)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        self._runner = web.AppRunner(app, shutdown_timeout=1)
+        self._runner = web.AppRunner(self._app(), shutdown_timeout=1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
         self.port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def _app(self) -> web.Application:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        return app
 
     async def _models(self, request: web.Request) -> web.Response:
         if self._unauthorised(request):
@@ -84,19 +88,22 @@ class Server:
         try:
             if self._unauthorised(request):
                 return error(401, "Incorrect API key provided: " + request.headers.get("Authorization", "")[7:])
-            if body["model"] != self.model:
-                return error(404, f"The model `{body['model']}` does not exist.")
-            if self.fault and (answer := await self.fault(body)) is not None:
-                return answer
-            if body.get("top_logprobs", 0) > self.logprobs > 0:
-                return error(400, f"top_logprobs must be at most {self.logprobs}")
-            if len(body.get("stop", ())) > 4:
-                return error(400, f"Invalid 'stop': array too long. Expected at most 4, but got {len(body['stop'])} instead.")
-            await asyncio.sleep(self.latency)
-            self.answered[json.dumps(body, sort_keys=True)] += 1
-            return web.json_response(self._completion(body))
+            return await self._answer(body)
         finally:
             self.flying -= 1
+
+    async def _answer(self, body: dict[str, Any]) -> web.StreamResponse:
+        if body["model"] != self.model:
+            return error(404, f"The model `{body['model']}` does not exist.")
+        if self.fault and (answer := await self.fault(body)) is not None:
+            return answer
+        if body.get("top_logprobs", 0) > self.logprobs > 0:
+            return error(400, f"top_logprobs must be at most {self.logprobs}")
+        if len(body.get("stop", ())) > 4:
+            return error(400, f"Invalid 'stop': array too long. Expected at most 4, but got {len(body['stop'])} instead.")
+        await asyncio.sleep(self.latency)
+        self.answered[json.dumps(body, sort_keys=True)] += 1
+        return web.json_response(self._completion(body))
 
     def _completion(self, body: dict[str, Any]) -> dict[str, Any]:
         text = "".join(m["content"] for m in body["messages"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+import rlaif
 from rlaif import __version__
 from rlaif.prompts import list_templates
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
@@ -102,6 +103,24 @@ def test_help_loads_no_heavy_package(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_env(), timeout=60)
     assert "Usage: rlaif" in done.stdout
     assert done.stdout.strip().endswith("heavy: []")
+
+
+def test_the_kept_help_is_the_help() -> None:
+    """Else: COLUMNS=80 python -c 'from rlaif.cli import app; app(["--help"], prog_name="rlaif")' > rlaif/help.txt"""
+    made = subprocess.run(
+        [sys.executable, "-c", "from rlaif.cli import app; app(['--help'], prog_name='rlaif')"],
+        capture_output=True,
+        text=True,
+        env={**clean_env(), "COLUMNS": "80"},
+        timeout=60,
+    )
+    kept = (Path(rlaif.__file__).parent / "help.txt").read_text(encoding="utf-8")
+    assert made.stdout == kept
+    code = "import sys; sys.argv = ['rlaif', '--help']\nfrom rlaif.start import main; main()\nassert 'typer' not in sys.modules"
+    for columns, same in (("80", True), ("200", True), ("60", False)):
+        ran = [sys.executable, "-c", code if same else code.rpartition("\n")[0]]
+        done = subprocess.run(ran, capture_output=True, text=True, env={**clean_env(), "COLUMNS": columns}, timeout=60)
+        assert (done.stdout == kept, done.stderr) == (same, "")
 
 
 @pytest.mark.model

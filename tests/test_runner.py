@@ -6,21 +6,27 @@ import asyncio
 import json
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from rlaif.data import comparisons
 from rlaif.engines import make_engine
 from rlaif.engines.mock import MockEngine
-from rlaif.records import FatalError, Request, RlaifError, Row, TransientError, UsageError, digest
+from rlaif.job import Job
+from rlaif.labeler import Labeler
+from rlaif.records import BusyError, Completion, FatalError, Request, RlaifError, Row, TransientError, UsageError, digest
 from rlaif.runner import Limits, Runner
-from rlaif.store import Store
+from rlaif.store import VERSION, Store, Usage
 from tests.conftest import clean_env, cli, make_rows, read_jsonl, write_jsonl
 from tests.server import Server, error
 
@@ -185,40 +191,7 @@ def test_a_server_that_goes_away_stops_the_run_instead_of_failing_every_row(tmp_
     assert sum(row["status"] == "error" for row in rows) <= 4
 
 
-# ------------------------------------------------------------ kills and stops
-
-
-def test_ten_kills_at_random_moments_lose_nothing_and_repeat_only_calls_in_flight(server: Server, tmp_path: Path) -> None:
-    server.latency = 0.03
-    width = 8
-    path, out = write_jsonl(tmp_path / "d.jsonl", make_rows(900)), tmp_path / "o.jsonl"
-    arguments = http(server, path, out, "--concurrency", str(width))
-    draw = random.Random(7)
-    kills = 0
-    while kills < 10:
-        before = len(server.bodies)
-        process = start(*arguments)
-        # Kill it somewhere in the middle of its work, not while it starts.
-        wanted = before + draw.randrange(20, 140)
-        while len(server.bodies) < wanted and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.05)
-        assert process.poll() is None, process.communicate()
-        process.kill()
-        process.communicate()
-        kills += 1
-    done = cli(*arguments)
-    assert done.returncode == 0, done.stderr
-    rows = read_jsonl(out)
-    assert [row["id"] for row in rows] == [str(n) for n in range(900)]
-    assert all(truth(rows))
-    assert len(server.bodies) <= 1800 + kills * width
-    assert len({json.dumps(body["messages"]) for body in server.bodies}) == 1800
-    # An uninterrupted run makes the same rows.
-    server.latency = 0.0
-    whole = tmp_path / "whole.jsonl"
-    assert cli(*http(server, path, whole)).returncode == 0
-    assert read_jsonl(whole) == rows
+# ------------------------------------------------------------ stops, a budget (kills: tests/survival/test_store.py)
 
 
 def test_ctrl_c_finishes_what_is_in_flight_and_the_same_command_goes_on(server: Server, tmp_path: Path) -> None:
@@ -371,12 +344,93 @@ def test_an_engine_whose_packages_are_missing_says_which_to_install(monkeypatch:
         make_engine("transformers", model="m")
 
 
+class Sparing(MockEngine):
+    """Sends back every call that comes while so many are in flight; notes how often each was sent."""
+
+    def __init__(self, takes: int):
+        super().__init__(latency=0.01, spread=0.1)
+        self.takes, self.flying = takes, 0
+        self.sent: Counter[str] = Counter()
+
+    async def complete(self, request: Request) -> Completion:
+        self.sent[request.messages[0]["content"]] += 1
+        if self.flying >= self.takes:
+            raise BusyError("429: slow down", 0.0)
+        self.flying += 1
+        try:
+            return await super().complete(request)
+        finally:
+            self.flying -= 1
+
+
+def test_a_busy_servers_calls_wait_their_turn_however_often_they_are_sent_back(tmp_path: Path) -> None:
+    engine = Sparing(takes=4)
+    runner = run(Store(tmp_path / "s"), engine, [f"t{n}" for n in range(300)], Limits(concurrency=64, tries=2))
+    assert runner.tally.statuses["ok"] == 300
+    assert max(engine.sent.values()) > 2  # which would be failures, were they not sent back
+    assert runner.tally.slowed == runner.tally.retries == engine.sent.total() - 300
+    assert 2 <= runner.window.width <= 8
+
+
+def test_a_server_that_sends_everything_back_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FatalError, match=r"no call gets through at all: 429: slow down"):
+        run(Store(tmp_path / "s"), Sparing(takes=0), ["x"] * 3, Limits(tries=3))
+
+
+# ------------------------------------------------------------ a run that has finished
+
+
+def test_a_finished_run_reads_no_row_again_unless_something_has_changed(tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "d.jsonl", make_rows(20)), tmp_path / "o.jsonl"
+    read = 0
+
+    def items(seed: int = 0) -> Iterator[Any]:
+        nonlocal read
+        for item in comparisons(str(path), seed=seed):
+            read += 1
+            yield item
+
+    def again(facts: dict[str, Any] | None = None, **changes: Any) -> tuple[int, int]:
+        """Rows that were read, and calls."""
+        nonlocal read
+        read = 0
+        labeler = Labeler(engine="mock", **changes)
+        job = Job(str(path), out, items, labeler.pairwise(), facts or {})
+        report = job.run(labeler.make_engine(Limits()), Limits(), job.check(), redo=True)
+        assert (report["rows"], report["complete"]) == (20, True)
+        assert json.loads(Path(f"{out}.run.json").read_text())["this_run"]["calls"] == report["this_run"]["calls"]
+        return read, report["this_run"]["calls"]
+
+    assert again() == (60, 40)
+    before = out.read_bytes()
+    assert again() == (0, 0)
+    assert again(facts={"map": {"a": "b"}}) == (60, 0)
+    assert again() == (60, 0)
+    assert again(both_orders=False) == (40, 0)  # the rows are known, the method is not
+    assert again() == (40, 0)
+    assert out.read_bytes() == before
+    out.write_bytes(before[:-2] + b" \n")
+    assert again() == (60, 0)
+    assert out.read_bytes() == before
+    Path(f"{out}.run.json").unlink()
+    assert again() == (40, 0)
+    write_jsonl(path, [*make_rows(19), {**make_rows(20)[19], "prompt": "Another?"}])
+    assert again() == (60, 2)
+
+
+def test_a_run_with_rows_to_be_tried_again_is_not_finished(tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "d.jsonl", make_rows(5)), tmp_path / "o.jsonl"
+    labeler = Labeler(engine="mock", options={"garbage": 1.0})
+    for _ in range(2):
+        job = Job(str(path), out, lambda: comparisons(str(path)), labeler.pairwise())
+        report = job.run(labeler.make_engine(Limits()), Limits(), job.check())
+        assert (report["statuses"]["unparsed"], report["this_run"]["calls"] > 0) == (5, True)
+
+
 # ------------------------------------------------------------ the store
 
 
 def test_a_store_keeps_what_it_was_given_and_forgets_what_failed(tmp_path: Path) -> None:
-    from rlaif.records import Completion
-
     store = Store(tmp_path / "s")
     store.add_completion("0a", Completion("\ud800 text", {"1": -0.5}, None, "stop", None, 10, 2, 0.5))
     store.add_result("0b", {"status": "unparsed", "votes": [{"status": "unparsed", "key": "0a"}]})
@@ -390,6 +444,49 @@ def test_a_store_keeps_what_it_was_given_and_forgets_what_failed(tmp_path: Path)
     assert Store(tmp_path / "s").result("0b") is not None
 
 
+# As a store of version 1 was written.
+VERSION_1 = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE completions (
+    key TEXT PRIMARY KEY, usable INTEGER NOT NULL, value TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, cost REAL
+) WITHOUT ROWID;
+CREATE TABLE rows (key TEXT PRIMARY KEY, status TEXT NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO meta VALUES ('settings', '{"seed": 1}');
+INSERT INTO completions VALUES ('0a', 1, '{"text":"1","logprobs":{"1":-0.5},"floor":null,"prompt_tokens":10}', 10, 2, 0.5);
+INSERT INTO completions VALUES ('0b', 0, '{"text":"?"}', 10, 2, NULL);
+INSERT INTO rows VALUES ('0c', 'ok', '{"status":"ok","soft_label":0.25}');
+PRAGMA user_version=1;
+"""
+
+
+def test_a_store_of_the_first_version_is_taken_over_whole(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "s")) as db:
+        db.executescript(VERSION_1)
+    for _ in range(2):
+        with closing(Store(tmp_path / "s")) as store:
+            assert store.meta("settings") == {"seed": 1}
+            assert store.completion("0a") == Completion("1", {"1": -0.5}, prompt_tokens=10, key="0a")
+            assert store.completion("0b") is None
+            assert store.completion("0b", even_failed=True) == Completion("?", key="0b")
+            assert store.result("0c") == {"status": "ok", "soft_label": 0.25}
+            assert store.usage() == Usage(2, 20, 4, 0.5)
+    with closing(sqlite3.connect(tmp_path / "s")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+
+
+def test_a_byte_that_is_not_what_it_was_is_noticed(tmp_path: Path) -> None:
+    with closing(Store(tmp_path / "s")) as store:
+        store.add_result("0c", {"status": "ok", "soft_label": 0.25})
+    with closing(sqlite3.connect(tmp_path / "s")) as db:
+        (value,) = db.execute("SELECT value FROM rows").fetchone()
+    for place in range(len(value)):
+        with closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as db:
+            db.execute("UPDATE rows SET value = ?", (value[:place] + bytes([value[place] ^ 1]) + value[place + 1 :],))
+        with closing(Store(tmp_path / "s")) as store, pytest.raises(RlaifError, match="damaged"):
+            store.result("0c")
+
+
 def test_a_store_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     held = Store(tmp_path / "s")
     with pytest.raises(UsageError, match="another process"):
@@ -399,8 +496,6 @@ def test_a_store_that_another_process_holds_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_or_newer_store_is_refused(tmp_path: Path) -> None:
-    import sqlite3
-
     (tmp_path / "bad").write_bytes(b"not a database" * 100)
     with pytest.raises(RlaifError, match="not a store"):
         Store(tmp_path / "bad")

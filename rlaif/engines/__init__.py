@@ -46,6 +46,9 @@ ENGINES = {
 """Engine name to its module and class; imported only when asked for, for their packages are heavy."""
 
 
+BATCHES = ("rlaif.engines.batch", "BatchEngine")
+"""In place of the openai engine where it is given a `ledger`."""
+
 INSTEAD: ContextVar[Callable[[str, str | None], Engine] | None] = ContextVar("instead", default=None)
 """What makes the engine in place of all of these, of a name and a model, while a run is only rehearsed."""
 
@@ -61,7 +64,7 @@ def make_engine(name: str, **settings: Any) -> Engine:
         return instead(name, settings.get("model"))
     if name == "transformers" and settings.get("model") == "embedded":
         name = "embedded"
-    module, cls = ENGINES[name]
+    module, cls = BATCHES if name == "openai" and settings.get("ledger") else ENGINES[name]
     try:
         made = getattr(import_module(module), cls)
     except ModuleNotFoundError as error:

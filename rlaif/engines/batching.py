@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -16,7 +16,7 @@ from rlaif.records import Completion, FatalError, Request, RowError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-BATCH_TOKENS = {(False, True): 1024, (False, False): 16384, (True, True): 32768, (True, False): 65536}
+BATCH_TOKENS = {(False, True): 1024, (False, False): 65536, (True, True): 32768, (True, False): 65536}
 """The most tokens of a batch, by (GPU, scoring). A CPU scores small batches faster, as they stay in its cache."""
 
 
@@ -38,12 +38,17 @@ class Job:
         """Tokens that it may come to hold."""
         return len(self.ids)
 
+    def answer(self, answer: Completion) -> None:
+        if not self.future.done():
+            self.future.set_result(answer)
+
     def fail(self, error: Exception) -> None:
         if not self.future.done():
             self.future.set_exception(error)
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
+Found = TypeVar("Found")
 
 
 class Batching(ABC, Generic[AnyJob]):
@@ -96,15 +101,24 @@ class Batching(ABC, Generic[AnyJob]):
         """Run what waits, until nothing does; the first request that finds no such task starts it."""
         jobs: list[AnyJob] = []
         try:
-            while self._waiting:
+            while self._waiting or self._begun:
                 await self._gather()
                 jobs, self._waiting = self._waiting, []
                 for batch in self._batches(jobs):
                     await self._run(batch)
+                await self._go_on()
         finally:  # however it ends, nobody is left waiting
-            for job in jobs + self._waiting:
+            for job in jobs + self._begun + self._waiting:
                 job.fail(FatalError("the engine stopped before it came to this request"))
             self._waiting = []
+
+    @property
+    def _begun(self) -> list[AnyJob]:
+        """Jobs that no batch answers, but `_go_on` bit by bit."""
+        return []
+
+    async def _go_on(self) -> None:
+        """Do some of what was begun."""
 
     async def _gather(self) -> None:
         """Let requests arrive until none does: those that the last batch set free have then sent their next."""
@@ -121,7 +135,8 @@ class Batching(ABC, Generic[AnyJob]):
                 yield batch
                 batch = []
             batch.append(job)
-        yield batch
+        if batch:
+            yield batch
 
     async def _run(self, batch: list[AnyJob]) -> None:
         """Answer a batch; one that does not fit into memory is run again in halves."""
@@ -129,25 +144,36 @@ class Batching(ABC, Generic[AnyJob]):
         if not batch:
             return
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._answer, batch)
-        except Exception as error:
-            if not _out_of_memory(error):
-                failure = FatalError(f"the model failed: {first_words(error)}")
-                failure.__cause__ = error
-                for job in batch:
-                    job.fail(failure)
+            answers = await self._in_thread(self._answer, batch)
+        except MemoryError:
+            if len(batch) == 1:
+                self._too_long(batch[0])
                 return
+            await self._run(batch[: len(batch) // 2])
+            await self._run(batch[len(batch) // 2 :])
+        except FatalError as error:
+            for job in batch:
+                job.fail(error)
         else:
             for job, answer in zip(batch, answers, strict=True):
-                if not job.future.done():
-                    job.future.set_result(answer)
-            return
+                job.answer(answer)
+
+    async def _in_thread(self, work: Callable[..., Found], *given: Any) -> Found:
+        """Run `work` in the model's thread. Raises: MemoryError where memory ran out, FatalError for any other failure."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+        except Exception as error:
+            short = _out_of_memory(error)
+            failure = FatalError(f"the model failed: {first_words(error)}")
+            failure.__cause__ = error
+        if not short:
+            raise failure
+        failure.__cause__ = None
         _free()  # only here is the error gone, and what it held
-        if len(batch) == 1:
-            batch[0].fail(RowError(f"not enough memory for a prompt of {len(batch[0].ids)} tokens"))
-            return
-        await self._run(batch[: len(batch) // 2])
-        await self._run(batch[len(batch) // 2 :])
+        raise MemoryError
+
+    def _too_long(self, job: Job) -> None:
+        job.fail(RowError(f"not enough memory for a prompt of {len(job.ids)} tokens"))
 
 
 def device_of(name: str | None) -> torch.device:

@@ -10,7 +10,8 @@ import torch
 
 from rlaif.engines.batching import Job
 from rlaif.engines.embedded import NAME, embedded_model
-from rlaif.engines.transformers import TransformersEngine, float32_head
+from rlaif.engines.packed import float32_head
+from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Completion, Request, RowError
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
@@ -39,6 +40,7 @@ class LikelihoodEngine(TransformersEngine):
         super().__init__(source, dtype, device, trust_remote_code=trust_remote_code)
         self.identity |= {"engine": "likelihood", "model": name}
         self._chat.model = name
+        self._forest = None  # of padded batches it sums up many places at once
 
     def _job(self, request: Request, future: asyncio.Future[Completion]) -> _Job:  # type: ignore[override]
         *turns, said = request.messages

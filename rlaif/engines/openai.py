@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import openai
@@ -44,6 +45,9 @@ STOPS = 4
 
 UNTOLD = -9999.0
 """What OpenAI reports in place of the log-probability of a token that is not among the most probable."""
+
+SECRET = 12
+"""Characters from which on a key is one, and no filler such as EMPTY, which an answer may hold of itself."""
 
 SPARED = 60.0
 """The longest, in seconds, that a server is spared which fails while others go on."""
@@ -114,6 +118,12 @@ class _Server:
     failures: int = 0
     closed: float = 0.0  # the moment before which it is spared, by the monotonic clock
 
+    def __post_init__(self) -> None:
+        self.chat = f"{self.url.rstrip('/')}/chat/completions"
+        parts = urlsplit(self.url)
+        # Looked up once: aiohttp's own way, trust_env, does so in another thread for each request.
+        self.proxy = None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
+
     def failed(self) -> None:
         """Spare it for a second, and twice as long each time that it fails again."""
         self.failures += 1
@@ -156,6 +166,8 @@ class OpenAIEngine:
                 raise UsageError(
                     "--base-url: no user or password there: the key goes into the environment variable OPENAI_API_KEY"
                 )
+            if urlsplit(url).query:
+                raise UsageError("--base-url: nothing after a ?: the key goes into the environment variable OPENAI_API_KEY")
         self.base_url = urls[0]
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key and OPENAI in urls:
@@ -174,6 +186,7 @@ class OpenAIEngine:
         }
         self._prefill = prefill
         self._top = 0  # index into TOP_LOGPROBS; past its end: the server gives none
+        self._gave = False  # whether it ever gave some
         self._sums = True  # whether to ask for the log-probabilities of whole answers
         self._timeout = timeout
         self._sdk = openai.AsyncOpenAI(api_key=self._key or "none", base_url=self.base_url)
@@ -229,7 +242,7 @@ class OpenAIEngine:
             raise NoLogprobsError("the server gives no log-probabilities")
         body = self._body(request, top)
         try:
-            answer = await self._send(body)
+            answer = await self._send(body, request)
         except StatusError as error:
             if error.status == 400 and "logprobs" in body and "logprobs" in str(error):
                 return await self._with_fewer(request, top)
@@ -240,7 +253,7 @@ class OpenAIEngine:
             return completion
         return await whole_choices(request, missing, self.complete, completion)
 
-    async def _send(self, body: dict[str, Any]) -> bytes:
+    async def _send(self, body: dict[str, Any], request: Request) -> bytes:
         """The answer's body, from the server that has the least to do; from the next one where there is no connection.
 
         Raises: TransientError without a connection, StatusError for an answer other than 200.
@@ -264,27 +277,29 @@ class OpenAIEngine:
                 return answer
         raise lost.popitem()[1]
 
-    async def _post(self, server: _Server, body: bytes) -> bytes:
-        if self._session is None:  # here, as it belongs to the event loop
+    def _connected(self) -> aiohttp.ClientSession:
+        if self._session is None:  # not made before, as it belongs to the event loop
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers(),
                 timeout=aiohttp.ClientTimeout(total=self._timeout),
-                trust_env=True,
             )
+        return self._session
+
+    async def _post(self, server: _Server, body: bytes) -> bytes:
         server.flying += 1
         try:
-            async with self._session.post(f"{server.url.rstrip('/')}/chat/completions", data=body) as response:
+            async with self._connected().post(server.chat, data=body, proxy=server.proxy) as response:
                 said = await response.read()
         finally:
             server.flying -= 1
         if response.status != 200:
-            raise StatusError(response.status, _json(said), _retry_after(response.headers.get("Retry-After", "")))
+            raise StatusError(response.status, _json(said), _retry_after(response.headers))
         return said
 
     def _headers(self) -> dict[str, str]:
-        """The key, and the organisation and project that the SDK finds in the environment; not what it tells of this machine."""
+        """The key, and the organisation and project that the SDK finds in the environment; not what it tells of the machine."""
         found = {**self._sdk.default_headers, **self._sdk.auth_headers}
         return {name: value for name, value in found.items() if isinstance(value, str) and not name.startswith("X-")}
 
@@ -335,6 +350,8 @@ class OpenAIEngine:
         return body
 
     def _read(self, said: bytes, request: Request) -> Completion:
+        if len(self._key) >= SECRET:  # an answer may tell what it was sent
+            said = said.replace(self._key.encode(), b"[key]")
         try:
             answer = Answer.model_validate_json(said)
         except pydantic.ValidationError as error:
@@ -356,12 +373,14 @@ class OpenAIEngine:
             return self._with_sum(completion, choice) if request.logprob else completion
         first_token = choice.logprobs.content[0] if choice.logprobs and choice.logprobs.content else None
         if first_token is None or not first_token.top_logprobs:
-            self._top = len(TOP_LOGPROBS)
-            self._note_sampled()
+            if not self._gave:  # else this answer alone lacks them
+                self._top = len(TOP_LOGPROBS)
+                self._note_sampled()
             raise NoLogprobsError("the server gives no log-probabilities", completion)
         reported = {t.token: t.logprob for t in first_token.top_logprobs if t.logprob is not None}
         if not reported:
             raise TransientError("the server's answer is no completion: log-probabilities without a value")
+        self._gave = True
         return replace(completion, logprobs=choice_logprobs(reported, request.choices), floor=min(reported.values()))
 
     def _with_sum(self, completion: Completion, choice: _Choice) -> Completion:
@@ -403,15 +422,16 @@ def status_failure(error: StatusError, words: str) -> RlaifError:
     return FatalError(f"the server says {status}: {words}")
 
 
-def _retry_after(value: str) -> float | None:
-    """Seconds from the header Retry-After (a number or a date); at most ten minutes."""
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from the header Retry-After (a number, or a date by the server's own clock); at most ten minutes."""
+    value = headers.get("Retry-After", "")
     try:
         seconds = float(value)
     except ValueError:
-        date = email.utils.parsedate_tz(value)
+        date, now = email.utils.parsedate_tz(value), email.utils.parsedate_tz(headers.get("Date", ""))
         if date is None:
             return None
-        seconds = email.utils.mktime_tz(date) - time.time()
+        seconds = email.utils.mktime_tz(date) - (email.utils.mktime_tz(now) if now else time.time())
     return min(max(seconds, 0.0), 600.0) if math.isfinite(seconds) else None
 
 

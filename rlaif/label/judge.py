@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import fmean, variance
 from typing import Any, Literal
 
@@ -99,9 +99,10 @@ class Answer:
 
     def vote(self, **leading: Any) -> Vote:
         """The answer as it is kept in a row; `leading` is what the asker knows and made of it."""
-        found = asdict(self)
-        del found["value"], found["status"]
-        return {**leading, "status": self.status, **found}
+        return {**leading, "status": self.status, **{name: getattr(self, name) for name in KEPT}}
+
+
+KEPT = tuple(field.name for field in fields(Answer) if field.name not in ("status", "value"))
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,8 @@ def choice_probability(completion: Completion, choices: tuple[str, str]) -> floa
             return None
         first = completion.floor if first is None else first
         second = completion.floor if second is None else second
-    return sigmoid(first - second)
+    p = sigmoid(first - second)
+    return None if math.isnan(p) else p  # numbers that overflowed, or are none, are no verdict
 
 
 def sigmoid(x: float) -> float:

@@ -154,7 +154,8 @@ def expectation(completion: Completion, marks: tuple[str, ...]) -> float | None:
         unknown += len(missing) * math.exp(min(completion.floor - top, 0.0))
     if unknown > UNSURE * total:
         return None
-    return scaled(sum(marks.index(mark) * mass for mark, mass in masses.items()) / total, len(marks))
+    mean = scaled(sum(marks.index(mark) * mass for mark, mass in masses.items()) / total, len(marks))
+    return None if math.isnan(mean) else mean  # numbers that overflowed, or are none, are no rating
 
 
 DRESS = " \t*_`'\"()[]<>:!"

@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from rlaif.engines import make_engine
+from rlaif.engines import make_engine, writing
 from rlaif.engines.chat import Chat
-from rlaif.engines.transformers import TransformersEngine, _Draw, _Job, _Stops, before_stop
+from rlaif.engines.transformers import TransformersEngine, _Stops
+from rlaif.engines.writing import before_stop, draw
 from rlaif.records import Completion, Request
 from tests.engines.tiny import save_tiny, tiny_tokenizer
 
@@ -48,7 +49,7 @@ class Spied(TransformersEngine):
 
     generated: dict[str, list[int]]
 
-    def _read(self, job: _Job, ids: list[int], logprobs: list[float] | None) -> Completion:
+    def _read(self, job: Any, ids: list[int], logprobs: list[float] | None) -> Completion:
         answer = super()._read(job, ids, logprobs)
         self.generated[job.request.key({})] = ids[: answer.completion_tokens]
         return answer
@@ -143,8 +144,7 @@ def test_in_bf16_the_last_layer_is_computed_in_float32_where_it_is_wanted(
     tiny: str, monkeypatch: pytest.MonkeyPatch, wanted: bool
 ) -> None:
     seen: list[torch.Tensor] = []
-    scores = _Draw._scores
-    monkeypatch.setattr(_Draw, "_scores", lambda self, ids, logits: seen.append(logits) or scores(self, ids, logits))
+    monkeypatch.setattr(writing, "draw", lambda logits, *others: seen.append(logits) or draw(logits, *others))
     ask(TransformersEngine(tiny, "bf16", "cpu"), [user("x", max_tokens=3, logprob=wanted)])
     assert len(seen) == 3
     assert all(torch.equal(logits, logits.bfloat16().float()) != wanted for logits in seen)
@@ -211,7 +211,7 @@ def test_a_model_that_names_no_end_stops_too(tiny: str) -> None:
     whole = [answer.text for answer, _ in answers(tiny, [user(text, max_tokens=30) for text in prompts(6)])]
     stops = tuple({next(c for c in text[n:] if c.isascii()) for n, text in enumerate(whole[:2], 4)})
     engine = TransformersEngine(tiny, "fp32", "cpu")
-    engine._ends = []
+    engine._ends = engine._writer.ends = []
     for text, answer in zip(whole, ask(engine, [user(t, max_tokens=30, stop=stops) for t in prompts(6)]), strict=True):
         assert answer.text == min((text.partition(s)[0] for s in stops), key=len)
 

@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM
 
 from rlaif.engines import make_engine
 from rlaif.engines.chat import Chat
-from rlaif.engines.transformers import SHARED, TransformersEngine, _Draw, _Job
+from rlaif.engines.packed import SHARED, lacking
+from rlaif.engines.transformers import TransformersEngine, _Job
+from rlaif.engines.writing import draw
 from rlaif.records import Completion, FatalError, Message, Request, RowError, UsageError
 from tests.engines.tiny import CONTEXT, CONTROLS, save_tiny, tiny_tokenizer
 
@@ -107,6 +109,8 @@ def test_shared_beginning_is_computed_once(tiny: str, monkeypatch: pytest.Monkey
     forward = engine._model.forward
     monkeypatch.setattr(engine._model, "forward", lambda **k: calls.append(k["input_ids"].shape) or forward(**k))
     requests = [choose(text) for text in texts(40)]
+    ids = [make_chat().render(request) for request in requests]
+    common = next(n for n, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
 
     async def in_waves() -> list[Any]:
         parts = [requests[n : n + 10] for n in range(0, 40, 10)] + [requests[:1]]
@@ -115,12 +119,26 @@ def test_shared_beginning_is_computed_once(tiny: str, monkeypatch: pytest.Monkey
         return answers
 
     shared = within(60, in_waves())
-    assert [rows for rows, _ in calls] == [1, 10, 10, 10, 10, 1]
-    assert len(make_chat().render(requests[0])) == calls[0][1] + calls[-1][1]
-    apart = make(tiny)
-    apart._shares = False
-    for one, other in zip(shared, ask(apart, [*requests, requests[0]]), strict=True):
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    lengths = [sum(len(own) - common for own in ids[n : n + 10]) for n in range(0, 40, 10)] + [len(ids[0]) - common]
+    lengths[0] += common
+    assert calls == [(1, length) for length in lengths]  # nothing is padded either
+    for request, answer in zip([*requests, requests[0]], shared, strict=True):
+        assert answer.logprobs == pytest.approx(alone(tiny, request), abs=1e-4)
+
+
+def test_both_orders_share_their_question(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they do not fit into one batch."""
+    engine, read = make(tiny, max_batch_tokens=120), []
+    forward = engine._model.forward
+    monkeypatch.setattr(engine._model, "forward", lambda **k: read.append(k["input_ids"].shape[1]) or forward(**k))
+    questions = [f"{COMMON} {n} " + "abc" * 20 for n in range(6)]
+    requests = [choose(q + order) for q in questions for order in ("first" * 9, "other" * 9)]
+    answers = ask(engine, requests)
+    ids = [make_chat().render(request) for request in requests]
+    assert len(read) > 4
+    assert sum(read) < sum(map(len, ids)) - 5 * len(COMMON) - 6 * len(questions[0])
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.logprobs == pytest.approx(alone(tiny, request), abs=1e-4)
 
 
 def test_beginnings_change(tiny: str) -> None:
@@ -237,8 +255,9 @@ def test_samples_follow_the_probabilities(top_p: float) -> None:
     """4,000 draws of one token against the probabilities it should have, by χ² (99.9 % quantile at 4 degrees)."""
     n = 4000
     logits = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04]).log() * 0.7
-    draws = _Draw(0.7, top_p, [torch.Generator().manual_seed(k) for k in range(n)])
-    drawn = draws(None, logits.expand(n, -1)).argmax(-1)
+    request = user("x", temperature=0.7, top_p=top_p)
+    tokens = draw(logits.expand(n, -1), [request] * n, [random.Random(k) for k in range(n)])
+    drawn = torch.tensor(tokens)
     counts = torch.bincount(drawn, minlength=5)
     expected = torch.tensor([0.5, 0.3, 0.1, 0.06, 0.04] if top_p == 1 else [0.625, 0.375, 0, 0, 0]) * n
     assert counts[expected == 0].sum() == 0
@@ -417,8 +436,10 @@ def test_two_event_loops(tiny: str) -> None:
     asyncio.run(engine.close())
 
 
-def test_batches_keep_their_bounds(tiny: str) -> None:
+@pytest.mark.parametrize("packs", [True, False])
+def test_batches_keep_their_bounds(tiny: str, packs: bool) -> None:
     engine = make(tiny, max_batch_tokens=1000)
+    engine._forest = engine._forest if packs else None
     jobs: list[Any] = []
 
     async def collect() -> list[list[Any]]:
@@ -428,12 +449,19 @@ def test_batches_keep_their_bounds(tiny: str) -> None:
         return list(engine._batches(jobs))
 
     batches = asyncio.run(collect())
-    assert sorted(id(job) for batch in batches for job in batch) == sorted(map(id, jobs))
+    if not packs:
+        assert sorted(id(job) for batch in batches for job in batch) == sorted(map(id, jobs))
+    else:  # what is to be written waits for its turn
+        assert sorted(id(job.future) for batch in [*batches, engine._begun] for job in batch) == sorted(
+            id(job.future) for job in jobs
+        )
     for batch in batches:
         assert len({job.kind for job in batch}) == 1
-        assert len(batch) <= engine._max_rows
-        shared = len(engine._shared[0]) if batch[0].request.choices else 0
-        assert len(batch) == 1 or len(batch) * (max(job.size for job in batch) - shared) <= 1000
+        if packs:
+            assert len(batch) == 1 or sum(len(piece.ids) for piece in lacking([job.leaf for job in batch])) <= 1000
+        else:
+            assert len(batch) <= engine._max_rows
+            assert len(batch) == 1 or len(batch) * max(job.size for job in batch) <= 1000
     asyncio.run(engine.close())
 
 

@@ -1,0 +1,291 @@
+"""Passes without padding and rows that come and go: what is shared is shared, and no answer depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs torch")
+pytest.importorskip("transformers", reason="needs transformers")
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rlaif.engines import packed, writing
+from rlaif.engines.packed import SHARED, Forest, Piece, lacking, packs, read
+from rlaif.engines.transformers import TransformersEngine
+from rlaif.records import Completion, FatalError, Request, RowError
+from tests.engines.tiny import save_tiny, tiny_tokenizer
+
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 258,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+def user(content: str, **how: Any) -> Request:
+    return Request(({"role": "user", "content": content},), **how)
+
+
+def make(folder: str, **how: Any) -> TransformersEngine:
+    return TransformersEngine(folder, "fp32", "cpu", **how)
+
+
+def ask(engine: Any, requests: list[Request], close: bool = True) -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        try:
+            return await asyncio.gather(*map(engine.complete, requests), return_exceptions=True)
+        finally:
+            if close:
+                await engine.close()
+
+    return asyncio.run(asyncio.wait_for(all_of_them(), 60))
+
+
+# ------------------------------------------------------------ pieces
+
+
+def text(draw: random.Random, parts: list[list[int]]) -> list[int]:
+    return [token for _ in range(draw.randint(1, 4)) for token in draw.choice(parts)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 3))
+def test_pieces_make_up_their_prompts(seed: int, count: int, waves: int) -> None:
+    """Prompts that begin alike, are equal, or begin another; in waves, so that kept beginnings are met again."""
+    draw = random.Random(seed)
+    parts = [[n] * draw.choice([1, 5, 15, 16, 17, 40]) for n in range(5)]
+    forest = Forest()
+    for _ in range(waves):
+        prompts = [text(draw, parts) for _ in range(count)]
+        planted = forest.plant(prompts)
+        assert sorted(n for n, _ in planted) == list(range(count))
+        assert len({leaf for _, leaf in planted}) == count
+        for n, leaf in planted:
+            assert [token for piece in leaf.path for token in piece.ids] == prompts[n]
+            assert leaf.ids
+        for one, first in planted:
+            for other, second in planted:
+                if one < other:
+                    alike = next(
+                        (n for n, (a, b) in enumerate(zip(prompts[one], prompts[other], strict=False)) if a != b), 10**6
+                    )
+                    alike = min(alike, len(prompts[one]) - 1, len(prompts[other]) - 1)
+                    common = sum(len(piece.ids) for piece in first.path if piece in second.path)
+                    assert common <= alike < common + 2 * SHARED  # a kept beginning may stop short of what a pair has
+
+
+def model(kind: Any, config: Any, **more: Any) -> Any:
+    torch.manual_seed(0)
+    return kind(config(**SIZES, **more)).eval()
+
+
+@torch.inference_mode()
+def test_a_pass_is_as_good_as_alone() -> None:
+    lm, draw, forest = model(LlamaForCausalLM, LlamaConfig), random.Random(0), Forest()
+    begin = [[draw.randrange(256) for _ in range(n)] for n in (300, 30, 50)]  # longer than one block of queries
+    prompts = [begin[0] + begin[n % 3] + [draw.randrange(256) for _ in range(draw.randint(1, 290))] for n in range(9)]
+    for wave in (prompts[:6], prompts[3:]):
+        planted = forest.plant(wave)
+        pieces = lacking([leaf for _, leaf in planted])
+        assert sum(len(piece.ids) for piece in pieces) < sum(map(len, wave)) - 300 * (len(wave) - 1) + 1
+        for keep in (False, True):  # the second time only the leaves are left to compute
+            found = read(lm, [leaf for _, leaf in planted], keep)
+            for (n, _), logits in zip(planted, found, strict=True):
+                assert torch.allclose(logits, lm(torch.tensor([wave[n]])).logits[0, -1], atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model(LlamaForCausalLM, LlamaConfig)
+    root = Piece(list(range(20)))
+    leaves = [Piece([1, 2], root), Piece([3], root)]
+    expected = read(lm, [Piece(list(range(20)) + leaf.ids) for leaf in leaves])
+    causal, calls = packed._causal, []
+
+    def failing(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return causal(*given) if len(calls) < 5 else 1 / 0  # in the second layer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed, "_causal", failing)
+        with pytest.raises(ZeroDivisionError):
+            read(lm, leaves)
+    assert lm.config._attn_implementation == "sdpa"
+    assert root.keys == []
+    assert torch.allclose(read(lm, leaves), expected, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_which_models_pack() -> None:
+    assert packs(model(LlamaForCausalLM, LlamaConfig))
+    assert packs(model(Qwen2ForCausalLM, Qwen2Config))
+    assert packs(model(MistralForCausalLM, MistralConfig, sliding_window=None))
+    assert not packs(model(MistralForCausalLM, MistralConfig, sliding_window=4096))
+    assert not packs(model(Gemma2ForCausalLM, Gemma2Config))
+    assert not packs(model(Gemma2ForCausalLM, Gemma2Config, layer_types=["full_attention"] * 2))  # softcap
+
+
+@torch.inference_mode()
+def test_a_model_with_ways_of_its_own_does_not_pack() -> None:
+    """One that mixes neighbours, as recurrent layers do, would mix what stands behind each other in a pass."""
+    lm = model(LlamaForCausalLM, LlamaConfig)
+    lm.model.layers[0].mlp.register_forward_hook(lambda _, __, out: out + out.roll(1, dims=1))
+    assert not packs(lm)
+
+
+# ------------------------------------------------------------ writing
+
+MIXED = [
+    user(f"Tell me about {'this and ' * (n % 4)}{n}.", **how, sample=n)
+    for n in range(6)
+    for how in (
+        {"max_tokens": 30},
+        {"max_tokens": 7 * n + 1, "temperature": 1.0, "seed": 3},
+        {"max_tokens": 25, "temperature": 4.0, "top_p": 0.9, "seed": 4, "logprob": True},
+        {"max_tokens": 40, "temperature": 0.8, "seed": 5, "stop": ("e", "a1")},
+        {"choices": ("1", "2")},
+    )
+]
+
+
+def same(one: Completion, other: Completion) -> bool:
+    return (one.text, one.finish, one.completion_tokens) == (other.text, other.finish, other.completion_tokens)
+
+
+@pytest.mark.parametrize("room", [None, 300], ids=["all at once", "few at a time"])
+def test_plain_passes_give_the_same(tiny: str, room: int | None) -> None:
+    """Requests of all kinds at the same time, with what is shared and without, in batches and row by row."""
+    plain = make(tiny)
+    assert plain._forest
+    plain._forest = None
+    for one, other in zip(ask(make(tiny, max_batch_tokens=room), MIXED), ask(plain, MIXED), strict=True):
+        assert same(one, other)
+        assert one.logprobs == (other.logprobs and pytest.approx(other.logprobs, abs=1e-5))
+        assert one.logprob == (other.logprob and pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_a_sliding_window_is_kept(tmp_path: Path) -> None:
+    lm = model(MistralForCausalLM, MistralConfig, sliding_window=8)
+    lm.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    engine = make(str(tmp_path))
+    assert engine._forest is None
+    requests = [user("Which one? " * 9 + str(n), choices=("1", "2")) for n in range(4)]
+    ids = [engine._chat.render(request) for request in requests]
+    for own, answer in zip(ids, ask(engine, requests), strict=True):
+        with torch.no_grad():
+            logprobs = lm(torch.tensor([own])).logits[0, -1].log_softmax(-1)
+        assert answer.logprobs == pytest.approx({c: logprobs[ord(c) - ord("!")].item() for c in "12"}, abs=1e-4)
+
+
+def test_a_row_that_ends_makes_room(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time: while the long one is written, the short ones take turns beside it."""
+    engine, steps = make(tiny), []
+    engine._ends = engine._writer.ends = []
+    engine._writer._fit = 2
+    step = engine._writer._step
+    monkeypatch.setattr(engine._writer, "_step", lambda: steps.append(len(engine._writer._rows)) or step())
+    requests = [user(f"{n}", max_tokens=10 if n else 60) for n in range(7)]  # they are taken in the order of their texts
+    answers = ask(engine, requests)
+    assert [answer.completion_tokens for answer in answers] == [60] + [10] * 6
+    assert len(steps) == 59
+    assert sum(steps) == 59 + 6 * 9
+    assert max(steps) == 2
+
+
+def test_who_comes_later_need_not_wait(tiny: str) -> None:
+    """A question that is asked while answers are written is answered before they are, and joins them if it is one of theirs."""
+
+    async def story() -> list[str]:
+        engine, order = make(tiny), []
+        engine._ends = engine._writer.ends = []
+
+        async def asked(name: str, request: Request) -> None:
+            await engine.complete(request)
+            order.append(name)
+
+        long = asyncio.create_task(asked("long", user("x" * 99, max_tokens=300)))
+        while not engine._writer._rows:
+            await asyncio.sleep(0.001)
+        await asyncio.gather(asked("label", user("y", choices=("1", "2"))), asked("short", user("z", max_tokens=20)), long)
+        await engine.close()
+        return order
+
+    assert asyncio.run(asyncio.wait_for(story(), 30)) == ["label", "short", "long"]
+
+
+def test_memory_that_runs_out_while_writing(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = [user(f"{n}" * 9, max_tokens=5 + n, temperature=1.0, seed=1) for n in range(12)]
+    hopeless = user("x" * 300, max_tokens=20)
+    expected = ask(make(tiny), sampled)
+    forward, sizes = writing.forward, []
+
+    def short_of_memory(lm: Any, ids: list[int], places: list[int], *others: Any) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > 3 or max(places) > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(lm, ids, places, *others)
+
+    monkeypatch.setattr(writing, "forward", short_of_memory)
+    *answers, failed = ask(make(tiny), [*sampled, hopeless])
+    assert isinstance(failed, RowError)
+    assert "not enough memory" in str(failed)
+    assert all(same(one, other) for one, other in zip(answers, expected, strict=True))
+    assert sizes[:3] == [13, 6, 3]
+
+
+def test_a_failure_while_writing_is_told_and_over(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, requests = make(tiny), [user(f"{n}", max_tokens=9) for n in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "forward", lambda *given: 1 / 0)
+        failed = ask(engine, requests, close=False)
+    assert all(isinstance(answer, FatalError) and "division by zero" in str(answer) for answer in failed)
+    assert all(isinstance(answer, Completion) for answer in ask(engine, requests))
+
+
+def test_what_is_given_up_is_written_no_further(tiny: str) -> None:
+    async def story() -> None:
+        engine = make(tiny)
+        engine._ends = engine._writer.ends = []
+        given_up = asyncio.create_task(engine.complete(user("x", max_tokens=10**2 * 4)))
+        other = asyncio.create_task(engine.complete(user("y", max_tokens=100, temperature=1.0, seed=1)))
+        while not engine._writer._rows:
+            await asyncio.sleep(0.001)
+        given_up.cancel()
+        answer = await other
+        assert engine._begun == []
+        assert not engine._writer._rows
+        assert same(answer, await engine.complete(user("y", max_tokens=100, temperature=1.0, seed=1)))
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(story(), 30))
