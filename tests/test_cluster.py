@@ -65,7 +65,7 @@ def summed(found: list[dict[str, Any]]) -> dict[str, Any]:
 def test_shards_make_the_rows_that_one_machine_makes(tmp_path: Path, ending: str) -> None:
     source = write_jsonl(tmp_path / "d.jsonl", make_rows(25))
     job, plan, count = planned(source, tmp_path / f"o.{ending}")
-    assert count == 4
+    assert [len([*plan.shard(number).items()]) for number in range(count)] == [7, 7, 7, 4]
     made = cluster._written(job, plan, count, 25, summed(reports(plan, count)))
     in_process("label", source, "-o", tmp_path / f"whole.{ending}", "--engine", "mock")
     if ending == "jsonl.gz":  # the time is in its head
@@ -123,6 +123,7 @@ def test_a_worker_that_does_not_see_the_folder_or_has_another_version_stops_the_
     (first, second) = reports(plan, count)
     assert "not seen here" in first["failed"]["message"]
     assert "not seen here" in second["failed"]["message"]  # the first reason stands
+    assert "not seen here" in str(plan.stopped())
     assert not (tmp_path / "o.jsonl.shards" / "00000.jsonl.store").exists()
     _, plan, count = planned(source, tmp_path / "o.jsonl", version="0.0.9")
     assert "0.0.9" in reports(plan, count)[0]["failed"]["message"]

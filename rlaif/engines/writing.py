@@ -25,8 +25,8 @@ hf: Any = transformers  # its own annotations are partial
 STEPS = 16
 """Tokens of each row until what has arrived meanwhile gets its turn."""
 
-ROOM = 128
-"""Places for tokens by which each row's grows."""
+ROOM = 256
+"""Rows with room for as many times so many tokens stand together."""
 
 
 def source(request: Request, ids: list[int]) -> random.Random:
@@ -100,13 +100,45 @@ class Row:
         return len(self.job.ids) + len(self.ids) - 1
 
     @property
-    def shared(self) -> int:
-        """How many tokens it begins with that are kept with `root`."""
-        return len(self.root.ids) if self.root else 0
+    def slot_place(self) -> int:
+        """The same among its own tokens, without those of `root`."""
+        return self.place - (len(self.root.ids) if self.root else 0)
 
     @property
     def given_up(self) -> bool:
         return self.job.future.done()
+
+
+class Slots:
+    """Rows with room for `room` tokens each; `keys` and `values` are by layer (rows or more, heads, room, width)."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.rows: list[Row] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def put(self, row: Row, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Take in a row; keys and values by layer (heads, tokens, width)."""
+        slot = len(self.rows)
+        for held, given in ((self.keys, keys), (self.values, values)):
+            held += [part.new_zeros(0) for part in given[len(held) :]]
+            for layer, part in enumerate(given):
+                if len(old := held[layer]) == slot:  # room for twice as many; zeros, as what is not seen must be numbers
+                    held[layer] = part.new_zeros(2 * slot or 4, len(part), self.room, part.shape[-1])
+                    held[layer][:slot] = old if slot else 0
+                held[layer][slot, :, : part.shape[1]] = part
+        self.rows.append(row)
+
+    def take(self, row: Row) -> tuple[list[Tensor], list[Tensor]]:
+        """Take out a row, with its keys and values; the last one takes its place."""
+        slot, last = self.rows.index(row), len(self.rows) - 1
+        found = [part[slot].clone() for part in self.keys], [part[slot].clone() for part in self.values]
+        for part in (*self.keys, *self.values) if slot < last else ():
+            part[slot] = part[last]
+        self.rows[slot] = self.rows[last]
+        self.rows.pop()
+        return found
 
 
 class Writer:
@@ -121,18 +153,22 @@ class Writer:
         self._most_rows, self._most_tokens, self._most_read = most_rows, most_tokens, most_read
         self._fit = most_rows
         self.queue: deque[Row] = deque()
-        self._rows: list[Row] = []
+        self._new: list[Row] = []
+        self._slots: dict[int, Slots] = {}
         self._ended: list[Row] = []
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+
+    @property
+    def _rows(self) -> list[Row]:
+        """Those that are written."""
+        return [row for slots in self._slots.values() for row in slots.rows]
 
     def go_on(self, closed: Callable[[], bool]) -> list[Row]:
         """Write on until a row ends, or for STEPS tokens; the rows that have ended."""
         self._leave([row for row in self._rows if row.given_up])
-        while (new := self._next()) and not closed():
+        while not closed() and (new := self._next()):
             self._begin(new)
         for _ in range(STEPS):
-            if self._ended or closed() or not self._rows:
+            if self._ended or closed() or not self._slots:
                 break
             self._step()
         ended, self._ended = self._ended, []
@@ -140,8 +176,8 @@ class Writer:
 
     def halve(self) -> list[Job]:
         """Begin again with half as many rows at a time, after memory ran out; the job for which even that is no help."""
-        begun = [row.job for row in self._rows]
-        self._rows, self._keys, self._values = [], [], []
+        begun = [row.job for row in (*self._rows, *self._new)]
+        self._new, self._slots = [], {}
         if len(begun) == 1:
             self._fit = self._most_rows
             return begun
@@ -152,15 +188,7 @@ class Writer:
     def clear(self) -> None:
         """Give up all rows."""
         self.queue.clear()
-        self._rows, self._keys, self._values = [], [], []
-
-    def _begin(self, new: list[Row]) -> None:
-        """Read the prompts of rows, and draw their first tokens."""
-        self._rows += new  # before the pass, for its memory may not suffice
-        with self._head():
-            logits = read(self._model, [row.leaf for row in new], keep=True)
-        self._settle(new)
-        self._take(new, logits)
+        self._new, self._slots = [], {}
 
     def _next(self) -> list[Row]:
         """Rows whose prompts are to be read in one pass."""
@@ -175,74 +203,43 @@ class Writer:
             new += [] if row.given_up else [row]
         return new
 
-    def _settle(self, new: list[Row]) -> None:
-        """Put the keys and values of what prompts do not share into the places of their rows, the last ones."""
-        first, like, own = len(self._rows) - len(new), new[0].leaf, []
+    def _begin(self, new: list[Row]) -> None:
+        """Read the prompts of rows, and draw their first tokens."""
+        self._new = new
+        with self._head(new):
+            logits = read(self._model, [row.leaf for row in new], keep=True)
         for row in new:
             *before, last = row.leaf.path
-            row.root, own_pieces = (before[0], [*before[1:], last]) if before else (None, [last])
-            own.append(own_pieces)
+            row.root = before[0] if before else None
+            own = [*before[1:], last]
+            keys = [torch.cat(parts, 1) for parts in zip(*(piece.keys for piece in own), strict=True)]
+            values = [torch.cat(parts, 1) for parts in zip(*(piece.values for piece in own), strict=True)]
+            self._put(row, keys, values)
+        self._new = []
+        for row in new:
             row.leaf = Piece([])  # what it shares with others is theirs to keep
-        self._make_room(like)
-        for slot, (row, pieces) in enumerate(zip(new, own, strict=True), first):
-            count = len(row.job.ids) - row.shared
-            for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-                keys[slot, :, :count] = torch.cat([piece.keys[layer] for piece in pieces], 1)
-                values[slot, :, :count] = torch.cat([piece.values[layer] for piece in pieces], 1)
+        self._take(new, logits)
 
-    def _make_room(self, like: Piece | None = None) -> None:
-        """Let `_keys` and `_values`, by layer (rows, heads, places, width), have room for the next token of each row."""
-        places = max(row.place - row.shared for row in self._rows) + 1
-        rows, held = (self._keys[0].shape[0], self._keys[0].shape[2]) if self._keys else (0, 0)
-        if len(self._rows) <= rows and places <= held:
-            return
-        shape = max(len(self._rows), rows), -(-max(places, held) // ROOM) * ROOM
-        for name in ("keys", "values"):
-            old: list[Tensor] = getattr(self, f"_{name}")
-            for layer, part in enumerate(getattr(like, name) if like and not old else [own[0] for own in old]):
-                grown = part.new_zeros(shape[0], part.shape[0], shape[1], part.shape[2])
-                if rows:
-                    grown[:rows, :, :held] = old[layer]
-                    old[layer] = grown
-                else:
-                    old.append(grown)
+    def _put(self, row: Row, keys: list[Tensor], values: list[Tensor]) -> None:
+        room = ((row.slot_place + 1) // ROOM + 1) * ROOM
+        self._slots.setdefault(room, Slots(room)).put(row, keys, values)
 
     def _step(self) -> None:
         """One token more for each row."""
-        self._make_room()
-        count, room, device = len(self._rows), self._keys[0].shape[2], self._keys[0].device
-        slots = torch.arange(count, device=device)
-        last = torch.tensor([row.place - row.shared for row in self._rows], device=device)
-        roots = list(dict.fromkeys(row.root for row in self._rows if row.root))
-        unseen = [torch.arange(room, device=device)[None] > last[:, None]]
-        for root in roots:
-            other = torch.tensor([row.root is not root for row in self._rows], device=device)
-            unseen.append(other[:, None].expand(count, len(root.ids)))
-        bias = torch.zeros((), dtype=self._keys[0].dtype, device=device).masked_fill(torch.cat(unseen, 1), -torch.inf)
-
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-            held, worth = self._keys[layer], self._values[layer]
-            held[slots, :, last] = keys.transpose(0, 1)
-            worth[slots, :, last] = values.transpose(0, 1)
-            # Queries that share keys stand as rows of one matrix: (rows, heads of keys, queries of each, width). A product with
-            # all places, which lie side by side, takes a CPU a fifth of the time of torch's own kernel with those in use.
-            heads = len(keys)
-            grouped = (queries * scale).transpose(0, 1).reshape(count, heads, -1, queries.shape[-1])
-            together = grouped.permute(1, 0, 2, 3).flatten(1, 2)  # to what rows share they stand as one matrix
-            common = [together @ root.keys[layer].transpose(1, 2) for root in roots]
-            apart = [part.unflatten(1, (count, -1)).transpose(0, 1) for part in common]
-            scores = torch.cat([grouped @ held[:count].transpose(2, 3), *apart], -1) + bias[:, None, None]
-            own, *parts = scores.softmax(-1).split([room, *(len(root.ids) for root in roots)], -1)
-            found = own.contiguous() @ worth[:count]
-            for root, part in zip(roots, parts, strict=True):
-                of_all = part.transpose(0, 1).flatten(1, 2) @ root.values[layer]
-                found = found + of_all.unflatten(1, (count, -1)).transpose(0, 1)
-            return found.flatten(1, 2)
-
-        tokens = [row.ids[-1] for row in self._rows]
-        with self._head():
-            logits = forward(self._model, tokens, [row.place for row in self._rows], list(range(count)), attend)
-        self._take(self._rows, logits)
+        for slots in list(self._slots.values()):
+            for row in [row for row in slots.rows if row.slot_place == slots.room]:
+                self._put(row, *slots.take(row))
+        self._slots = {room: slots for room, slots in sorted(self._slots.items()) if slots.rows}
+        rows = self._rows
+        with self._head(rows):
+            logits = forward(
+                self._model,
+                [row.ids[-1] for row in rows],
+                [row.place for row in rows],
+                list(range(len(rows))),
+                _Writing(list(self._slots.values())),
+            )
+        self._take(rows, logits)
 
     def _take(self, rows: list[Row], logits: Tensor) -> None:
         """Draw a token for each row, and take out those that end with it."""
@@ -261,20 +258,62 @@ class Writer:
         self._ended += ended
         self._leave(ended)
 
-    def _leave(self, rows: list[Row]) -> None:
-        """Take rows out: the last one takes the place of each."""
-        for row in list(rows):
-            if row not in self._rows:
-                continue
-            slot, last = self._rows.index(row), len(self._rows) - 1
-            if slot < last:
-                for part in (*self._keys, *self._values):
-                    part[slot] = part[last]
-                self._rows[slot] = self._rows[last]
-            self._rows.pop()
-        if not self._rows:
-            self._keys, self._values = [], []  # their memory
+    def _leave(self, ended: list[Row]) -> None:
+        for slots in self._slots.values():
+            for row in ended:
+                if row in slots.rows:
+                    slots.take(row)
+        self._slots = {room: slots for room, slots in self._slots.items() if slots.rows}
 
-    def _head(self) -> Any:
-        asked = any(row.job.request.logprob for row in self._rows)
+    def _head(self, rows: list[Row]) -> Any:
+        asked = any(row.job.request.logprob for row in rows)
         return float32_head(self._model) if asked else nullcontext()
+
+
+class _Writing:
+    """The attention of a pass over the last token of each row: to what the row begins with, and to its own tokens.
+
+    A product with all places of a row, which lie side by side, takes a CPU a fifth of the time that torch's own kernel takes
+    with those in use; to a beginning that rows share, all their queries stand as one matrix.
+    """
+
+    def __init__(self, groups: list[Slots]) -> None:
+        device, dtype = groups[0].keys[0].device, groups[0].keys[0].dtype
+        rows = [row for slots in groups for row in slots.rows]
+        self._roots = list(dict.fromkeys(row.root for row in rows if row.root))
+        self._parts = []
+        for slots in groups:
+            last = torch.tensor([row.slot_place for row in slots.rows], device=device)
+            hidden = [torch.arange(slots.room, device=device)[None] > last[:, None]]
+            for root in self._roots:
+                other = torch.tensor([row.root is not root for row in slots.rows], device=device)
+                hidden.append(other[:, None].expand(-1, len(root.ids)))
+            bias = torch.zeros((), dtype=dtype, device=device).masked_fill(torch.cat(hidden, 1), -torch.inf)
+            self._parts.append((slots, torch.arange(len(slots.rows), device=device), last, bias[:, None, None]))
+
+    def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        count, heads, width = queries.shape[1], len(keys), queries.shape[2]
+        grouped = (queries * scale).transpose(0, 1).reshape(count, heads, -1, width)  # those that share keys stand together
+        common = self._shared(grouped, [root.keys[layer].transpose(1, 2) for root in self._roots], 2)
+        start, found, rest = 0, [], []
+        for slots, own, last, bias in self._parts:
+            end = start + len(own)
+            slots.keys[layer][own, :, last] = keys[:, start:end].transpose(0, 1)
+            slots.values[layer][own, :, last] = values[:, start:end].transpose(0, 1)
+            scores = grouped[start:end] @ slots.keys[layer][: len(own)].transpose(2, 3)
+            shares = (torch.cat([scores, *(part[start:end] for part in common)], -1) + bias).softmax(-1)
+            found.append(shares[..., : slots.room].contiguous() @ slots.values[layer][: len(own)])
+            rest.append(shares[..., slots.room :])
+            start = end
+        total = torch.cat(found)
+        for part in self._shared(torch.cat(rest), [root.values[layer] for root in self._roots], 1):
+            total = total + part
+        return total.flatten(1, 2)
+
+    def _shared(self, left: Tensor, rights: list[Tensor], dim: int) -> list[Tensor]:
+        """The products of rows (rows, heads, queries, n) with matrices (heads, n, m) that all rows share, or with parts of n."""
+        if not rights:
+            return []
+        matrix = left.transpose(0, 1).flatten(1, 2)
+        whole = torch.cat(rights, dim)
+        return [(matrix @ whole).reshape(left.shape[1], left.shape[0], left.shape[2], -1).transpose(0, 1)]

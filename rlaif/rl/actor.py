@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlaif.engines.chat import load_tokenizer
-from rlaif.engines.transformers import float32_head
+from rlaif.engines.packed import float32_head
 from rlaif.records import UsageError
 from rlaif.rl.config import Online, Ppo
 from rlaif.rl.generate import Voice, padded_left
