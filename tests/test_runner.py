@@ -372,6 +372,27 @@ def test_a_busy_servers_calls_wait_their_turn_however_often_they_are_sent_back(t
     assert 2 <= runner.window.width <= 12
 
 
+def test_time_outs_narrow_the_window_too(tmp_path: Path) -> None:
+    class Slow(MockEngine):
+        """Answers the later the more calls are in flight: of more than eight, none in time."""
+
+        flying = 0
+
+        async def complete(self, request: Request) -> Completion:
+            self.flying += 1
+            try:
+                await asyncio.sleep(0.02 if self.flying <= 8 else 60)
+                return await super().complete(request)
+            finally:
+                self.flying -= 1
+
+    texts = [f"t{n}" for n in range(150)]
+    runner = run(Store(tmp_path / "s"), Slow(), texts, Limits(concurrency=32, tries=20, timeout=0.2))
+    assert runner.tally.statuses["ok"] == 150
+    assert runner.tally.slowed == 0 < runner.tally.retries
+    assert runner.window.width < 28
+
+
 def test_a_server_that_sends_everything_back_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FatalError, match=r"no call gets through at all: 429: slow down"):
         run(Store(tmp_path / "s"), Sparing(takes=0), ["x"] * 3, Limits(tries=3))
