@@ -1,10 +1,11 @@
 """What Ray costs: rows a second of a local cluster's workers against one process, as a ratio, in one run.
 
-    make .venv-ray/ready && .venv-ray/bin/python benchmarks/cluster.py [--rows 1500] [--workers 2] [--rounds 2] [--json FILE]
+    make .venv-ray/ready && .venv-ray/bin/python benchmarks/cluster.py [--rows 1280] [--workers 2] [--rounds 2] [--json FILE]
 
-The mock engine takes a quarter of a second a call, drawn lognormal, and 64 rows are in flight in each worker: so what is
+The mock engine takes a tenth of a second a call, drawn lognormal, and 16 rows are in flight in each worker: so what is
 measured is how well workers are kept busy, not how fast this machine is. Each time is that of twice the rows less that of the
-rows, which leaves out how long everything takes to start; that is told too, and does not grow with the work.
+rows, which leaves out how long everything takes to start; that is told too, and does not grow with the work. `--rows` is a
+multiple of 640 times the workers, so that each has as many shards.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-MOCK = ("--engine", "mock", "-E", "latency=0.25", "-E", "spread=0.5", "--concurrency", "64")
-SHARDS = (200, 1000)
+MOCK = ("--engine", "mock", "-E", "latency=0.1", "-E", "spread=0.5", "--concurrency", "16")
+SHARDS = (160, 640)
 
 
 def write(path: Path, rows: int) -> Path:
@@ -39,7 +40,7 @@ def seconds(data: Path, *options: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=1500)
+    parser.add_argument("--rows", type=int, default=1280)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)

@@ -35,7 +35,9 @@ from rlaif.records import Completion, FatalError, Request, RlaifError, Row, Usag
 from rlaif.runner import Limits, Method
 from rlaif.store import HeldError, Store
 
-SHARD_ROWS = 1000
+WINDOWS = 40
+"""Rows of a shard for each one in flight, unless told otherwise: at its end a worker waits for the last ones, half idle."""
+
 TRIES = 6
 """How often a shard is begun whose workers die: then it is something in it that kills them."""
 
@@ -228,7 +230,7 @@ def run(job: Job, labeler: Labeler | None, limits: Limits, total: int, spread: S
         job.shards.mkdir(exist_ok=True)
         with closing(Store(job.shards / "shards.store")) as store:  # held: no other process works on this output
             found = store.meta("settings") or {}
-            rows = spread.shard_rows or found.get("shard_rows", SHARD_ROWS)
+            rows = spread.shard_rows or found.get("shard_rows", min(WINDOWS * limits.concurrency, -(-total // workers)))
             engine = {name: getattr(labeler, name) for name in ENGINE} if labeler else found.get("engine")
             settings = {"source": Path(job.source).name, "shard_rows": rows, "engine": engine, **job.method.settings()}
             agree(store, settings, job.out, redo)

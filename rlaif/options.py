@@ -233,7 +233,9 @@ class Spreading(Running):
         str | None, typer.Option(metavar="ADDRESS", help="Run on a Ray cluster: HOST:PORT, auto, or local (this machine).")
     ] = None
     workers: Annotated[int | None, typer.Option(min=1, help="Its workers (default: one a GPU, else one a machine).")] = None
-    shard_rows: Annotated[int | None, typer.Option(min=1, help="Rows that a worker takes at a time (default: 1,000).")] = None
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows that a worker takes at a time (default: 40 times --concurrency).")
+    ] = None
     batch: Annotated[
         bool, typer.Option("--batch", help="Ask in files, for --engine openai: OpenAI answers within a day, at half the price.")
     ] = False

@@ -275,7 +275,7 @@ def machines() -> Iterator[Any]:
 
 
 def spread(server: Server, machines: Any, path: Path, out: Path, *more: str) -> tuple[str, ...]:
-    where = ("--ray", machines[0].address, "--shard-rows", "40", "--concurrency", str(WIDTH))
+    where = ("--ray", machines[0].address, "--concurrency", str(WIDTH))
     return ("label", str(path), "-o", str(out), "--engine", "openai", "--base-url", server.url, *where, *more)
 
 
@@ -330,6 +330,7 @@ def test_ctrl_c_lets_workers_finish_and_a_wrong_key_stops_them_all(server: Serve
     assert [row["id"] for row in read_jsonl(out)] == [str(n) for n in range(200)]
     assert sum(server.answered.values()) == 400
     assert max(server.answered.values()) == 1
+    assert json.loads((tmp_path / "o.jsonl.run.json").read_text())["shards"] == {"count": 2, "workers": 2}
 
 
 @pytest.mark.ray
@@ -339,7 +340,7 @@ def test_a_killed_worker_and_a_lost_machine_cost_no_row_and_only_calls_in_flight
     server.latency = 0.1
     found, nodes = machines
     path, out = write_jsonl(tmp_path / "d.jsonl", make_rows(400)), tmp_path / "o.jsonl"
-    process = start(*spread(server, machines, path, out))
+    process = start(*spread(server, machines, path, out, "--shard-rows", "40"))
     until(lambda: len(server.bodies) > 100 and all(len(workers_of(node)) == 1 for node in nodes), process)
     (killed,) = workers_of(nodes[0])
     os.kill(killed, signal.SIGKILL)

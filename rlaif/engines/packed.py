@@ -88,15 +88,13 @@ class Forest:
 
     def _root(self, common: list[int], several: bool) -> Piece | None:
         """The piece that prompts which begin so are to begin with, if any: a kept one if it has nearly all that they share."""
-        found = max(self._kept, key=lambda piece: _alike(piece.ids, common), default=None)
-        n = _alike(found.ids, common) if found else 0
-        if not several and (found is None or n < len(found.ids)):
-            return None
-        if found is None or (several and 4 * n < 3 * len(common)):
+        found = max(self._kept, key=lambda piece: _alike(piece.ids, common), default=Piece([]))
+        n = _alike(found.ids, common)
+        if several and 4 * n < 3 * len(common):
             n = len(common)
-        if n < SHARED:
+        if n < SHARED or (not several and n < len(found.ids)):
             return None
-        if found is None or n != len(found.ids) or found.ids != common[:n]:
+        if found.ids != common[:n]:
             found = Piece(common[:n])
         self._kept = [found, *(piece for piece in self._kept if piece is not found)][:KEPT]
         return found

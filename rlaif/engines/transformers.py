@@ -123,12 +123,10 @@ class TransformersEngine(Batching[_Job]):
             yield from super()._batches(jobs)
             return
         planted = self._forest.plant([job.ids for job in jobs])
-        grown = deque(replace(jobs[n], leaf=leaf) for n, leaf in planted)
-        writing = [job for job in grown if not job.request.choices]
-        self._writing += writing
-        self._writer.queue.extend(Row(job, job.leaf) for job in writing if job.leaf)
-        scored = deque(job for job in grown if job.request.choices)
-        del planted, grown  # pieces live as long as there are jobs that go on from them
+        self._writer.queue.extend(Row(jobs[n], leaf) for n, leaf in planted if not jobs[n].request.choices)
+        self._writing += [job for job in jobs if not job.request.choices]
+        scored = deque(replace(jobs[n], leaf=leaf) for n, leaf in planted if jobs[n].request.choices)
+        del planted  # pieces live as long as there are requests that go on from them
         while scored:
             batch = [scored.popleft()]
             while scored and self._fit([*batch, scored[0]]):

@@ -130,15 +130,18 @@ class Slots:
                 held[layer][slot, :, : part.shape[1]] = part
         self.rows.append(row)
 
-    def take(self, row: Row) -> tuple[list[Tensor], list[Tensor]]:
-        """Take out a row, with its keys and values; the last one takes its place."""
+    def of(self, row: Row) -> tuple[list[Tensor], list[Tensor]]:
+        """A row's keys and values, by layer (heads, room, width)."""
+        slot = self.rows.index(row)
+        return [part[slot] for part in self.keys], [part[slot] for part in self.values]
+
+    def drop(self, row: Row) -> None:
+        """Take out a row; the last one takes its place."""
         slot, last = self.rows.index(row), len(self.rows) - 1
-        found = [part[slot].clone() for part in self.keys], [part[slot].clone() for part in self.values]
         for part in (*self.keys, *self.values) if slot < last else ():
             part[slot] = part[last]
         self.rows[slot] = self.rows[last]
         self.rows.pop()
-        return found
 
 
 class Writer:
@@ -176,7 +179,7 @@ class Writer:
 
     def halve(self) -> list[Job]:
         """Begin again with half as many rows at a time, after memory ran out; the job for which even that is no help."""
-        begun = [row.job for row in (*self._rows, *self._new)]
+        begun = [row.job for row in dict.fromkeys([*self._rows, *self._new])]  # those just read may already have their slots
         self._new, self._slots = [], {}
         if len(begun) == 1:
             self._fit = self._most_rows
@@ -228,7 +231,8 @@ class Writer:
         """One token more for each row."""
         for slots in list(self._slots.values()):
             for row in [row for row in slots.rows if row.slot_place == slots.room]:
-                self._put(row, *slots.take(row))
+                self._put(row, *slots.of(row))
+                slots.drop(row)
         self._slots = {room: slots for room, slots in sorted(self._slots.items()) if slots.rows}
         rows = self._rows
         with self._head(rows):
@@ -262,7 +266,7 @@ class Writer:
         for slots in self._slots.values():
             for row in ended:
                 if row in slots.rows:
-                    slots.take(row)
+                    slots.drop(row)
         self._slots = {room: slots for room, slots in self._slots.items() if slots.rows}
 
     def _head(self, rows: list[Row]) -> Any:
@@ -311,9 +315,9 @@ class _Writing:
         return total.flatten(1, 2)
 
     def _shared(self, left: Tensor, rights: list[Tensor], dim: int) -> list[Tensor]:
-        """The products of rows (rows, heads, queries, n) with matrices (heads, n, m) that all rows share, or with parts of n."""
+        """What rows have, (rows, heads, queries, n), times what all share, matrices (heads, n, m) joined at `dim`."""
         if not rights:
             return []
-        matrix = left.transpose(0, 1).flatten(1, 2)
-        whole = torch.cat(rights, dim)
-        return [(matrix @ whole).reshape(left.shape[1], left.shape[0], left.shape[2], -1).transpose(0, 1)]
+        rows, heads, queries, _ = left.shape
+        found = left.transpose(0, 1).flatten(1, 2) @ torch.cat(rights, dim)
+        return [found.reshape(heads, rows, queries, -1).transpose(0, 1)]

@@ -104,6 +104,18 @@ def test_pieces_make_up_their_prompts(seed: int, count: int, waves: int) -> None
                     assert common <= alike < common + 2 * SHARED  # a kept beginning may stop short of what a pair has
 
 
+def test_beginnings_are_kept_for_prompts_to_come() -> None:
+    """Two templates by turns; with one row in flight, whose prompts share more than their template, with the next row's too."""
+    forest = Forest()
+    waves = [[[t] * 100 + [n] * 20 + [m] for m in (10, 11)] for n in range(2, 6) for t in (0, 1)]
+    roots = [[leaf.path[0] for _, leaf in forest.plant(wave)] for wave in waves]
+    assert all(first is second for first, second in roots)
+    assert len({first for first, _ in roots[2:]}) == 2
+    assert all(len(first.ids) == 100 for first, _ in roots[2:])
+    (_, alone), *_ = forest.plant([[1] * 100 + [7]])
+    assert alone.parent is roots[-1][0]
+
+
 def model(kind: Any, config: Any, **more: Any) -> Any:
     torch.manual_seed(0)
     return kind(config(**SIZES, **more)).eval()
@@ -192,6 +204,28 @@ def test_plain_passes_give_the_same(tiny: str, room: int | None) -> None:
         assert same(one, other)
         assert one.logprobs == (other.logprobs and pytest.approx(other.logprobs, abs=1e-5))
         assert one.logprob == (other.logprob and pytest.approx(other.logprob, abs=1e-4))
+
+
+def test_long_answers_to_prompts_that_begin_in_two_ways(tiny: str) -> None:
+    """Rows that share a beginning are written beside others, and go on beyond the room that they had at first."""
+    begin = ["Criticise this answer, by the principle that ", "Rewrite the answer so that it follows "]
+    requests = [
+        user(begin[n % 2] + "ab" * n, max_tokens=230 + 5 * n, temperature=t, seed=7) for n in range(6) for t in (0.0, 1.0)
+    ]
+    requests.append(user("Something else", max_tokens=writing.ROOM + 20))
+    plain, ours = make(tiny), make(tiny)
+    for engine in (plain, ours):
+        engine._ends = engine._writer.ends = []
+    plain._forest = None
+    rooms: set[int] = set()
+    put = writing.Slots.put
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing.Slots, "put", lambda self, *given: rooms.add(self.room) or put(self, *given))
+        answers = ask(ours, requests)
+    assert len(rooms) > 1
+    for one, other in zip(answers, ask(plain, requests), strict=True):
+        assert one.completion_tokens > 200
+        assert same(one, other)
 
 
 def test_a_sliding_window_is_kept(tmp_path: Path) -> None:
