@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from threading import Barrier
 from typing import Any
 
 import torch
@@ -29,6 +32,12 @@ QUERIES = 256
 """Tokens whose attention a CPU computes at a time: their scores stay in its cache, and most of the future is left out."""
 
 FUTURE = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+
+READERS = 4
+"""Passes at the same time, at most: each keeps its own numbers in the CPU's cache."""
+
+PACKED = "rlaif_packed"
+"""The name of the attention of such passes in transformers."""
 
 OTHER_WAYS = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What a model may ask of attention that is not done here."""
@@ -137,13 +146,55 @@ def read(model: Any, leaves: Sequence[Piece], keep: bool = False) -> Tensor:
     last = {piece: end - 1 for piece, _, end in prompt.spans}
     logits = forward(model, ids, prompt.places, [last[leaf] for leaf in leaves], prompt)
     for piece in wanted:  # only now, for a pass that failed has left only some layers
-        piece.keys, piece.values = prompt.keys[piece], prompt.values[piece]
+        piece.values = prompt.values[piece]
+        piece.keys = prompt.keys[piece]  # last, as another reader takes a piece that has them for one that is there
     return logits
+
+
+class Readers:
+    """Threads that read at the same time: two passes beside each other take a CPU less time than two threads in each pass.
+
+    Much of a pass is many small operations, of which a second thread shortens none. On other devices there is one reader.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        cores = torch.get_num_threads() if device.type == "cpu" else 1
+        self.count = min(cores, READERS)
+        self._pool = ThreadPoolExecutor(self.count, "reader", torch.set_num_threads, (cores // self.count,))
+        started = Barrier(self.count)
+        list(self._pool.map(lambda _: started.wait(), range(self.count)))
+        if device.type == "cpu":
+            torch.set_num_threads(cores)  # what the readers have set counts for all threads to come
+
+    def read(self, model: Any, leaves: Sequence[Piece], most: int) -> Tensor:
+        """As `read`, in passes of about so many tokens at most."""
+        with _attention(model, PACKED):  # for all of them, as it is the model's
+            return torch.cat([*self._pool.map(partial(_read_apart, model), _parts(leaves, most))])
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@torch.inference_mode()
+def _read_apart(model: Any, leaves: Sequence[Piece]) -> Tensor:
+    return read(model, leaves)
+
+
+def _parts(leaves: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
+    """The leaves in parts of so many tokens to be computed; those that share all but their last piece stay together."""
+    part: list[Piece] = []
+    for leaf in leaves:
+        tokens = sum(len(piece.ids) for piece in lacking([*part, leaf]))
+        if part and tokens > most and (leaf.parent is None or leaf.parent is not part[-1].parent or leaf.parent.keys):
+            yield part
+            part = []
+        part.append(leaf)
+    yield part
 
 
 def forward(model: Any, ids: list[int], places: list[int], wanted: list[int], attend: Attend) -> Tensor:
     """Logits after the `wanted` ones among tokens `ids` at `places`, (wanted, vocabulary), float32."""
-    with _attention(model, "rlaif_packed"):
+    with _attention(model, PACKED):
         out = model(
             input_ids=torch.tensor([ids], device=model.device),
             position_ids=torch.tensor([places], device=model.device),
@@ -268,4 +319,4 @@ def _packed(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, atte
     return attend(module.layer_idx, query[0], key[0], value[0], scale)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register("rlaif_packed", _packed)
+ALL_ATTENTION_FUNCTIONS.register(PACKED, _packed)

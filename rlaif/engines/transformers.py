@@ -18,7 +18,7 @@ import transformers
 from rlaif.engines import whole_choices
 from rlaif.engines.batching import BATCH_TOKENS, Batching, Job, device_of, dtype_of
 from rlaif.engines.chat import Chat, cannot_load, identified, load_tokenizer
-from rlaif.engines.packed import Forest, Piece, float32_head, lacking, packs, read
+from rlaif.engines.packed import Forest, Piece, Readers, float32_head, lacking, packs
 from rlaif.engines.writing import Row, Writer, before_stop, draw, source, stopped
 from rlaif.records import Completion, FatalError, Request, UsageError
 
@@ -26,6 +26,9 @@ hf: Any = transformers  # its own annotations are partial
 
 MOST_ROWS = 256
 """Prompts that are scored at a time: their logits are over the whole vocabulary."""
+
+PASSES = 4
+"""Passes of each reader for one batch: with more, the last one of them is waited for less."""
 
 WRITTEN = (64, 256)
 """Answers that are written at a time, on a CPU and on a GPU."""
@@ -91,6 +94,7 @@ class TransformersEngine(Batching[_Job]):
         self._model.generation_config = hf.GenerationConfig()
         self._read_tokens = max_batch_tokens or BATCH_TOKENS[place.type != "cpu", True]
         self._forest: Forest | None = Forest() if packs(self._model) else None
+        self._readers = Readers(place)
         self._writer = Writer(
             self._model,
             self._chat,
@@ -104,6 +108,10 @@ class TransformersEngine(Batching[_Job]):
     def identified(self, model: str) -> dict[str, Any]:
         """What tells this model from others, in `identity`."""
         return identified(model)
+
+    async def close(self) -> None:
+        await super().close()
+        self._readers.close()
 
     async def complete(self, request: Request) -> Completion:
         if split := self._chat.split_choices(request.choices):
@@ -136,7 +144,8 @@ class TransformersEngine(Batching[_Job]):
     def _fit(self, batch: list[_Job]) -> bool:
         """Whether so many can be scored in one pass."""
         pieces = lacking([job.leaf for job in batch if job.leaf])
-        return len(batch) <= MOST_ROWS and sum(len(piece.ids) for piece in pieces) <= self._read_tokens
+        most = self._read_tokens * (PASSES * self._readers.count if self._readers.count > 1 else 1)
+        return len(batch) <= MOST_ROWS and sum(len(piece.ids) for piece in pieces) <= most
 
     def _full(self, batch: list[_Job]) -> bool:
         tokens = self._max_tokens or BATCH_TOKENS[self._device.type != "cpu", bool(batch[0].request.choices)]
@@ -173,7 +182,10 @@ class TransformersEngine(Batching[_Job]):
         """One token each, and how probable each choice was."""
         with float32_head(self._model):
             leaves = [job.leaf for job in batch if job.leaf]
-            logits = read(self._model, leaves) if leaves else self._plain_logits([job.ids for job in batch])
+            if leaves:
+                logits = self._readers.read(self._model, leaves, self._read_tokens)
+            else:
+                logits = self._plain_logits([job.ids for job in batch])
         logprobs = logits.log_softmax(-1)
         tokens = draw(logits, [job.request for job in batch], [source(job.request, job.ids) for job in batch])
         answers = []
