@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from transformers import (
 )
 
 from rlaif.engines import packed, writing
-from rlaif.engines.packed import SHARED, Forest, Piece, lacking, packs, read
+from rlaif.engines.packed import PACKED, SHARED, Forest, Piece, Readers, _parts, lacking, packs, read
 from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Completion, FatalError, Request, RowError
 from tests.engines.tiny import save_tiny, tiny_tokenizer
@@ -155,6 +157,58 @@ def test_a_pass_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
     assert lm.config._attn_implementation == "sdpa"
     assert root.keys == []
     assert torch.allclose(read(lm, leaves), expected, atol=1e-5)
+
+
+@pytest.fixture
+def three_cores() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_readers_beside_each_other_give_what_one_gives() -> None:
+    """With pieces that several of them want at the same time, and not yet."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    draw = random.Random(3)
+    parts = [[draw.randrange(259) for _ in range(20)] for _ in range(6)]
+    prompts = [[*parts[0], *text(draw, parts), n] for n in range(60)]
+    with torch.inference_mode():
+        alone = torch.cat([read(model, [Piece(prompt)]) for prompt in prompts])
+    readers = Readers(torch.device("cpu"))
+    assert (readers.count, torch.get_num_threads()) == (3, 3)
+    for most in (1, 40, 200, 10**6):
+        planted = Forest().plant(prompts)
+        found = readers.read(model, [leaf for _, leaf in planted], most)
+        assert torch.allclose(found, alone[[n for n, _ in planted]], atol=1e-5)
+    assert model.config._attn_implementation != PACKED
+    readers.close()
+
+
+@pytest.mark.usefixtures("three_cores")
+def test_an_engine_of_several_readers_gives_the_same_labels(tiny: str) -> None:
+    requests = [user(f"{'The same for all. ' * 5}Number {n % 7}? {'x' * n}", choices=("1", "2")) for n in range(40)]
+    several = make(tiny, max_batch_tokens=64)
+    assert several._readers.count == 3
+    torch.set_num_threads(1)
+    one = make(tiny)
+    assert one._readers.count == 1
+    for mine, other in zip(ask(several, requests), ask(one, requests), strict=True):
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+
+
+def test_siblings_are_read_in_one_pass() -> None:
+    root = Piece(list(range(20)))
+    questions = [Piece([n] * 20, root) for n in range(4)]
+    leaves = [Piece([n, m], question) for n, question in enumerate(questions) for m in range(3)]
+    for most in (1, 50, 75, 1000):
+        parts = [*_parts(leaves, most)]
+        assert [leaf for part in parts for leaf in part] == leaves
+        for one, other in pairwise(parts):
+            assert one[-1].parent is not other[0].parent
+    assert [len(part) for part in _parts(leaves, 75)] == [6, 6]
+    assert [*_parts([], 10)] == [[]]
 
 
 @torch.inference_mode()
