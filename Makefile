@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: demo test smoke setup browser proof-vllm proof-ray proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo proof-pipelines bench-train bench-ppo clean
+.PHONY: demo test smoke setup browser proof-vllm proof-ray proof-pandalm proof-ablation proof-revise proof-reward proof-dpo proof-ppo proof-pipelines \
+	bench-train bench-ppo bench-http bench-scale bench-vllm clean
 
 # The main job on the embedded model: label the sample set, measure the labels, write a training set.
 demo: setup
@@ -114,6 +115,21 @@ bench-train: setup
 bench-ppo: setup
 	$(BIN)/python benchmarks/ppo_step.py --steps 2 --rollouts 8 --tokens 16 --json benchmarks/ppo_step.json
 
+# Labelling over HTTP against a bare window and distilabel: five minutes on an idle machine.
+bench-http: setup .venv-distilabel/ready
+	$(BIN)/python benchmarks/over_http.py --distilabel .venv-distilabel/bin/python --json benchmarks/over_http.json
+
+# A million comparisons through the mock engine (3 GB of disk), and the time of --help: ten minutes on an idle machine.
+bench-scale: setup
+	$(BIN)/python benchmarks/scale.py --json benchmarks/scale.json
+	$(BIN)/python benchmarks/startup.py --json benchmarks/startup.json
+
+# Models in this process against a plain loop and offline vLLM, vLLM's server, vLLM's engine: 40 minutes on an idle machine.
+bench-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python benchmarks/inprocess.py --json benchmarks/inprocess.json
+	.venv-vllm/bin/python benchmarks/real_server.py --json benchmarks/real_server.json
+	.venv-vllm/bin/python benchmarks/vllm_engine.py --json benchmarks/vllm_engine.json
+
 setup: $(VENV)/ready
 
 # Debian's Chromium, in which the report's page is tested; without it that test is skipped, and says so.
@@ -143,5 +159,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	.venv-ray/bin/pip install -c constraints.txt -e '.[ray,dev]'
 	touch $@
 
+# What we are measured against has versions of its own.
+.venv-distilabel/ready:
+	$(PYTHON) -m venv .venv-distilabel
+	.venv-distilabel/bin/pip install -c constraints.txt torch
+	.venv-distilabel/bin/pip install 'distilabel[openai]==1.5.3' requests
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-ray $(OUT)
+	rm -rf $(VENV) .venv-vllm .venv-distilabel .venv-ray $(OUT)

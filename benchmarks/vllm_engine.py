@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_engine.py [--model embedded] [--rows 200] [--rounds 3] [--json FILE]
 
-On a GPU, each of the two takes `--memory` of it (0.4). Ours reads and checks the rows, renders, asks, stores each answer and each row,
-and writes the output; the offline call has its messages before the clock starts. They take turns, each with prompts of its own, as
-vLLM answers faster what it has seen.
+On a GPU, each of the two takes `--memory` of it (0.4). Ours reads and checks the rows, renders, asks, stores each answer and
+each row, and writes the output; the offline call has its messages before the clock starts. They take turns, each with prompts
+of its own, as vLLM answers faster what it has seen.
 """
 
 from __future__ import annotations

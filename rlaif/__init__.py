@@ -1,10 +1,14 @@
 """rlaif: reinforcement learning from AI feedback and constitutional AI. Its steps are functions: `from rlaif import label`."""
 
+from __future__ import annotations
+
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own takes as long to import as all else that `rlaif --help` needs
 if TYPE_CHECKING:
+    from typing import Any
+
     from rlaif.api import (
         ablate,
         align,
