@@ -122,6 +122,10 @@ class Vllm:
         found = [{token: entry.logprob for token, entry in output.logprobs[0].items()} for output in outputs]
         return [soft(own[first], own[second]) if first in own and second in own else math.nan for own in found]
 
+    def close(self) -> None:
+        """End its processes, for which this one would wait."""
+        self._llm.llm_engine.engine_core.shutdown()
+
 
 RIVALS = {"ours": Ours, "plain": Plain, "vllm": Vllm}
 
@@ -134,6 +138,11 @@ def start(name: str, model: str) -> None:
     global rival  # one for each process
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     rival = RIVALS[name](model)
+
+
+def stop() -> None:
+    if isinstance(rival, Vllm):
+        rival.close()
 
 
 def measure(rows: list[list[Any]], ids: list[list[int]]) -> tuple[float, list[Any]]:
@@ -249,12 +258,19 @@ def main() -> None:
             first = list(tasks).index(task) * len(asked) // len(tasks)  # other rows for each, for vLLM caches what it has read
             asked = asked[first:] + asked[:first]
             found.append(compare(name, asked, size, given.rounds, rivals))
+        if given.json:
+            facts = {
+                "model": "embedded",
+                "dtype": "bf16",
+                "threads": os.cpu_count(),
+                "data": given.data.name,
+                "rows": given.rows,
+            }
+            given.json.write_text(json.dumps({**facts, "results": found}, indent=2) + "\n")
     finally:
         for pool in rivals.values():
-            pool.shutdown(cancel_futures=True)
-    if given.json:
-        facts = {"model": "embedded", "dtype": "bf16", "threads": os.cpu_count(), "data": given.data.name, "rows": given.rows}
-        given.json.write_text(json.dumps({**facts, "results": found}, indent=2) + "\n")
+            pool.submit(stop)
+            pool.shutdown()
 
 
 if __name__ == "__main__":
