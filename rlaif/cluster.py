@@ -27,7 +27,7 @@ from typing import Any
 
 from rlaif import __version__
 from rlaif.data import Item, atomic, chunks
-from rlaif.engines import Engine
+from rlaif.engines import IN_PROCESS, Engine
 from rlaif.job import Job, agree, versions
 from rlaif.labeler import Labeler
 from rlaif.progress import Progress
@@ -45,8 +45,6 @@ HELD = 180.0
 """Seconds to wait for a shard's store that a lost worker holds: NFS frees a dead client's locks after 90."""
 
 ENGINE = ("engine", "model", "base_url")
-IN_PROCESS = ("embedded", "transformers", "vllm")
-"""Engines that compute where the worker is, and so want its GPU or its cores."""
 
 
 @dataclass(frozen=True)

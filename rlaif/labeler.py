@@ -30,7 +30,6 @@ CONCURRENCY = {"openai": 256, "vllm": 256, "transformers": 64, "embedded": 64, "
 START = {"openai": 32}
 """Calls in flight at first, where a server is to be found out."""
 
-
 BATCHED = 25_000
 """The most rows in flight where they go in batches: in both orders, a full file of OpenAI's. Each takes some 30 kB."""
 

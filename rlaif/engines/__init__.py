@@ -45,6 +45,8 @@ ENGINES = {
 }
 """Engine name to its module and class; imported only when asked for, for their packages are heavy."""
 
+IN_PROCESS = ("embedded", "transformers", "vllm")
+"""Engines that compute in this process, and so want its GPU or its cores."""
 
 BATCHES = ("rlaif.engines.batch", "BatchEngine")
 """In place of the openai engine where it is given a `ledger`."""

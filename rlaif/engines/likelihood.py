@@ -13,6 +13,7 @@ from rlaif.engines.embedded import NAME, embedded_model
 from rlaif.engines.packed import float32_head
 from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Completion, Request, RowError
+from rlaif.rl.generate import padded_left
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
 """The most tokens of a batch, by device: logits of 8,192 tokens over 150,000 words are 5 GB."""
@@ -56,7 +57,7 @@ class LikelihoodEngine(TransformersEngine):
 
     @torch.inference_mode()
     def _answer(self, batch: list[_Job]) -> list[Completion]:  # type: ignore[override]
-        tokens, mask = self._padded([job.ids for job in batch])  # on the left, so that responses end together
+        tokens, mask = padded_left([job.ids for job in batch], self._pad, self._device)  # so that responses end together
         kept = max(job.count for job in batch) + 1
         with float32_head(self._model):
             logits = self._model(

@@ -21,6 +21,7 @@ from rlaif.engines.chat import Chat, cannot_load, identified, load_tokenizer
 from rlaif.engines.packed import Forest, Piece, Readers, float32_head, lacking, packs
 from rlaif.engines.writing import Row, Writer, before_stop, draw, source, stopped
 from rlaif.records import Completion, FatalError, Request, UsageError
+from rlaif.rl.generate import padded_left
 
 hf: Any = transformers  # its own annotations are partial
 
@@ -205,7 +206,7 @@ class TransformersEngine(Batching[_Job]):
 
     def _plain_logits(self, prompts: list[list[int]]) -> torch.Tensor:
         """Logits of the token after each prompt, float32."""
-        tokens, mask = self._padded(prompts)
+        tokens, mask = padded_left(prompts, self._pad, self._device)
         places = (mask.cumsum(1) - 1).clamp(min=0)
         out = self._model(input_ids=tokens, attention_mask=mask, position_ids=places, use_cache=False, logits_to_keep=1)
         logits: torch.Tensor = out.logits[:, -1].float()
@@ -213,7 +214,7 @@ class TransformersEngine(Batching[_Job]):
 
     def _generate(self, batch: list[_Job]) -> list[Completion]:
         request = batch[0].request
-        tokens, mask = self._padded([job.ids for job in batch])
+        tokens, mask = padded_left([job.ids for job in batch], self._pad, self._device)
         draws, stops = (
             _Draws([job.request for job in batch], [source(job.request, job.ids) for job in batch]),
             _Stops(self._chat, request.stop, tokens.shape[1]),
@@ -252,13 +253,6 @@ class TransformersEngine(Batching[_Job]):
     def _pad(self) -> int:
         pad = self._chat.tokenizer.pad_token_id
         return min(self._ends, default=0) if pad is None else pad  # any token does, as the mask hides it
-
-    def _padded(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and attention mask, padded on the left, so that each row's last token is the last."""
-        width = max(map(len, prompts))
-        tokens = torch.tensor([[self._pad] * (width - len(ids)) + ids for ids in prompts], device=self._device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self._device)
-        return tokens, mask
 
 
 class _Draws:

@@ -28,7 +28,7 @@ from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from rlaif.data import Item, as_text, is_dialogue, kind_of, split_response
-from rlaif.engines import Engine
+from rlaif.engines import IN_PROCESS, Engine
 from rlaif.labeler import Labeler, load_labeler
 from rlaif.provenance import sha256
 from rlaif.records import FatalError, RlaifError, Row, UsageError, digest
@@ -42,9 +42,6 @@ AT_ONCE = 256
 
 ON_A_DEVICE = ("embedded", "transformers")
 """Engines that take the device to compute on."""
-
-HERE = (*ON_A_DEVICE, "vllm")
-"""Engines that compute on this machine."""
 
 SETTING = {
     "model": "model",
@@ -589,7 +586,7 @@ class Rewards:
             if self._device and asked.engine in ON_A_DEVICE:
                 asked = asked.changed(options={"device": self._device, **asked.options})
             key = digest([asked.engine, asked.model, asked.base_url, asked.options, pace.concurrency, pace.prices])
-            here, make = asked.engine in HERE, partial(asked.make_engine, limits)
+            here, make = asked.engine in IN_PROCESS, partial(asked.make_engine, limits)
         self.in_process = self.in_process or here
         if key not in self._judges:
             engine = make()
