@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
 from itertools import pairwise
 from threading import Barrier
 from typing import Any
@@ -20,6 +20,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlaif.engines import cpu
+
 hf: Any = transformers  # its own annotations are partial
 
 SHARED = 16
@@ -27,9 +29,6 @@ SHARED = 16
 
 KEPT = 4
 """Beginnings that are kept for prompts to come: a run's requests may come from several templates."""
-
-QUERIES = 256
-"""Tokens whose attention a CPU computes at a time: their scores stay in its cache, and most of the future is left out."""
 
 READERS = 4
 """Passes at the same time, at most: each keeps its own numbers in the CPU's cache."""
@@ -41,8 +40,8 @@ OTHER_WAYS = ("sliding_window", "softcap", "s_aux", "position_bias")
 """What a model may ask of attention that is not done here."""
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-"""Attention of the layer with this number: queries (heads, tokens, width), keys and values (heads of their own, tokens, width)
-and what to multiply scores by, to (tokens, heads, width)."""
+"""Attention of the layer with this number: queries (tokens, heads of keys, queries that share a key, width), keys and values
+(tokens, heads of keys, width) and what to multiply scores by, to a tensor like the queries."""
 
 
 @dataclass(eq=False, slots=True)
@@ -141,8 +140,9 @@ def read(model: Any, leaves: Sequence[Piece], keep: bool = False) -> Tensor:
     wanted = pieces if keep else [piece for piece in pieces if piece not in set(leaves)]
     prompt = _Prompt(pieces, set(wanted))
     ids = [token for piece in pieces for token in piece.ids]
+    spare = -len(ids) % cpu.STEP if model.device.type == "cpu" else 0
     last = {piece: end - 1 for piece, _, end in prompt.spans}
-    logits = forward(model, ids, prompt.places, [last[leaf] for leaf in leaves], prompt)
+    logits = forward(model, ids + [0] * spare, prompt.places + [0] * spare, [last[leaf] for leaf in leaves], prompt)
     for piece in wanted:  # only now, for a pass that failed has left only some layers
         piece.values = prompt.values[piece]
         piece.keys = prompt.keys[piece]  # last, as another reader takes a piece that has them for one that is there
@@ -166,10 +166,13 @@ class Readers:
 
     def read(self, model: Any, leaves: Sequence[Piece], most: int, keep: bool = False) -> Tensor:
         """As `read`, in passes of about so many tokens at most. A failure is raised when no pass runs any more."""
+        parts = _parts(leaves, most, self.count)
         with _attention(model):  # for all of them, as it is the model's
-            passes = [self._pool.submit(_read_apart, model, part, keep) for part in _parts(leaves, most)]
+            passes = [self._pool.submit(_read_apart, model, part, keep) for part in parts]
             wait(passes)
-        return torch.cat([found.result() for found in passes])
+        rows = torch.cat([done.result() for done in passes])
+        places = {leaf: n for n, leaf in enumerate(leaf for part in parts for leaf in part)}
+        return rows[[places[leaf] for leaf in leaves]]
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -186,16 +189,30 @@ def _cores(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _parts(leaves: Sequence[Piece], most: int) -> Iterator[list[Piece]]:
-    """The leaves in parts of so many tokens to be computed; those that share all but their last piece stay together."""
-    part: list[Piece] = []
+def _parts(leaves: Sequence[Piece], most: int, readers: int) -> list[list[Piece]]:
+    """The leaves in parts of so many tokens to be computed; those that share all but their last piece stay together.
+
+    The longest come first and the last parts are small, so that all readers end at about the same time.
+    """
+    families: dict[Piece, list[Piece]] = {}
     for leaf in leaves:
-        tokens = sum(len(piece.ids) for piece in lacking([*part, leaf]))
-        if part and tokens > most and (leaf.parent is None or leaf.parent is not part[-1].parent or leaf.parent.keys):
-            yield part
-            part = []
-        part.append(leaf)
-    yield part
+        together = leaf.parent if leaf.parent and not leaf.parent.keys else leaf
+        families.setdefault(together, []).append(leaf)
+    ordered = deque(sorted(families.values(), key=_tokens, reverse=True))
+    left = sum(map(_tokens, ordered))
+    parts = []
+    while ordered:
+        part, goal = ordered.popleft(), min(most, left / (2 * readers)) if readers > 1 else most
+        while ordered and _tokens([*part, *ordered[0]]) <= goal:
+            part = [*part, *ordered.popleft()]
+        left -= _tokens(part)
+        parts.append(part)
+    return parts
+
+
+def _tokens(leaves: Sequence[Piece]) -> int:
+    """How many a pass over these has to compute."""
+    return sum(len(piece.ids) for piece in lacking(leaves))
 
 
 def forward(model: Any, ids: list[int], places: list[int], wanted: list[int], attend: Attend) -> Tensor:
@@ -227,48 +244,33 @@ class _Prompt:
         self._paths = {piece: piece.path[:-1] for piece in pieces}
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        found = []
+        queries, keys, values = (queries * scale).transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+        found = torch.zeros_like(queries, memory_format=torch.contiguous_format)
         for piece, start, end in self.spans:
             own_keys, own_values = keys[:, start:end], values[:, start:end]
             if piece in self.keys:  # copied, or the whole pass would be kept
                 self.keys[piece].append(own_keys.clone())
                 self.values[piece].append(own_values.clone())
-            if before := self._paths[piece]:
-                own_keys = torch.cat([*((p.keys or self.keys[p])[layer] for p in before), own_keys], 1)
-                own_values = torch.cat([*((p.values or self.values[p])[layer] for p in before), own_values], 1)
-            found.append(_causal(queries[:, start:end], own_keys, own_values, scale))
-        return torch.cat(found)
+            before = self._paths[piece]
+            all_keys = [*((p.keys or self.keys[p])[layer] for p in before), own_keys]
+            all_values = [*((p.values or self.values[p])[layer] for p in before), own_values]
+            found[:, start:end] = _causal(queries[:, start:end], all_keys, all_values)
+        return found.transpose(0, 1)
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attention of the last tokens to themselves and all before: (heads, n, width) to (n, heads, width)."""
-    heads, count, _ = queries.shape
-    if queries.device.type != "cpu":
-        mask = causal_lower_right(count, keys.shape[1])
-        found = scaled_dot_product_attention(
-            queries[None], keys[None], values[None], attn_mask=mask, scale=scale, enable_gqa=heads != len(keys)
-        )
-        return found[0].transpose(0, 1)
-    # On a CPU torch's own kernel for this takes more than twice the time of products of matrices.
-    groups, first = heads // len(keys), keys.shape[1] - count
-    parts = []
-    for start in range(0, count, QUERIES):
-        part = queries[:, start : start + QUERIES] * scale
-        n = part.shape[1]
-        seen = first + start + n
-        scores = part.reshape(len(keys), groups * n, -1) @ keys[:, :seen].transpose(1, 2)
-        scores.view(len(keys), groups, n, seen)[..., seen - n :].masked_fill_(_future()[:n, :n], -torch.inf)
-        parts.append((scores.softmax(-1) @ values[:, :seen]).view(heads, n, -1).transpose(0, 1))
-    return torch.cat(parts)
+def _causal(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    """Attention of the last tokens to themselves and all before: (heads, n, groups, width) to the same.
 
-
-@cache
-@torch.inference_mode(False)  # a tensor made in it could not be used without
-def _future() -> Tensor:
-    """What a block of queries must not see of its own tokens; made at its first use, for no thread but an engine's is to have
-    workers of OpenMP's.
+    keys, values: (heads, tokens, width) each, to be joined.
     """
-    return torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)
+    if queries.device.type == "cpu":
+        return cpu.causal(queries, keys, values)
+    heads, count, groups, width = queries.shape
+    whole_keys, whole_values = torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
+    mask = causal_lower_right(count, whole_keys.shape[2])
+    each = queries.transpose(1, 2).reshape(1, heads * groups, count, width)
+    found = scaled_dot_product_attention(each, whole_keys, whole_values, attn_mask=mask, scale=1.0, enable_gqa=groups > 1)
+    return found.view(heads, groups, count, width).transpose(1, 2)
 
 
 # ------------------------------------------------------------ models
@@ -289,7 +291,7 @@ def float32_head(model: Any) -> Iterator[None]:
             logits = torch.cat([linear(states.float(), part.float()) for part in torch.split(head.weight, rows)], -1)
             return logits if head.bias is None else logits + head.bias.float()
 
-    rows = max(1, 2**20 // head.in_features) if device == "cpu" else -(-head.out_features // 8)
+    rows = max(1, 2**18 // head.in_features) if device == "cpu" else -(-head.out_features // 8)
     before = head.__dict__.get("forward")
     head.forward = exact  # type: ignore[method-assign, assignment]
     try:
@@ -301,34 +303,6 @@ def float32_head(model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def lay_out(model: Any) -> None:
-    """Keep the weights of linear layers as a CPU's kernels for bf16 want them, who else make them so anew in each pass.
-
-    A token at a time takes half the time so. Where a model's own code wants the weights as they were, nothing is changed.
-    """
-    if model.device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    head, before = model.get_output_embeddings(), {}
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and module.weight.dtype == torch.bfloat16:
-            laid_out = torch.ops.mkldnn._reorder_linear_weight(module.weight)
-            module.forward = partial(_linear, laid_out, module.bias)  # type: ignore[method-assign]
-            before[module] = module.weight
-            if module is not head:  # which may be the embedding too
-                module.weight = torch.nn.Parameter(module.weight.to("meta"), requires_grad=False)
-    try:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    except Exception:
-        for module, weight in before.items():
-            del module.forward
-            module.weight = weight
-
-
-def _linear(weight: Tensor, bias: Tensor | None, states: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-    return found
-
-
 def packs(model: Any) -> bool:
     """Whether such passes give what the model gives otherwise: no layer may see less, or more, than the tokens before."""
     config = model.config.get_text_config()
@@ -364,7 +338,10 @@ def _packed(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, atte
     if other := [name for name in OTHER_WAYS if how.get(name) is not None]:
         raise NotImplementedError(f"attention with {other[0]}")
     scale = how.get("scaling") or query.shape[-1] ** -0.5
-    return attend(module.layer_idx, query[0], key[0], value[0], scale)[None], None
+    queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
+    grouped = queries.reshape(len(queries), keys.shape[1], -1, queries.shape[2])
+    found = attend(module.layer_idx, grouped, keys, values, scale)
+    return found.flatten(1, 2)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED, _packed)

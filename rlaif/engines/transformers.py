@@ -18,7 +18,8 @@ import transformers
 from rlaif.engines import whole_choices
 from rlaif.engines.batching import BATCH_TOKENS, Batching, Job, apart, device_of, dtype_of
 from rlaif.engines.chat import Chat, cannot_load, identified, load_tokenizer
-from rlaif.engines.packed import Forest, Piece, Readers, float32_head, lacking, lay_out, packs
+from rlaif.engines.cpu import lay_out
+from rlaif.engines.packed import Forest, Piece, Readers, float32_head, lacking, packs
 from rlaif.engines.writing import Row, Writer, before_stop, draw, source, stopped
 from rlaif.records import Completion, FatalError, Request, UsageError
 from rlaif.rl.generate import padded_left

@@ -298,14 +298,13 @@ class _Writing:
             self._parts.append((slots, torch.arange(len(slots.rows), device=device), last, bias[:, None, None]))
 
     def __call__(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-        count, heads, width = queries.shape[1], len(keys), queries.shape[2]
-        grouped = (queries * scale).transpose(0, 1).reshape(count, heads, -1, width)  # those that share keys stand together
+        grouped = queries * scale
         common = self._shared(grouped, [root.keys[layer].transpose(1, 2) for root in self._roots], 2)
         start, found, rest = 0, [], []
         for slots, own, last, bias in self._parts:
             end = start + len(own)
-            slots.keys[layer][own, :, last] = keys[:, start:end].transpose(0, 1)
-            slots.values[layer][own, :, last] = values[:, start:end].transpose(0, 1)
+            slots.keys[layer][own, :, last] = keys[start:end]
+            slots.values[layer][own, :, last] = values[start:end]
             scores = grouped[start:end] @ slots.keys[layer][: len(own)].transpose(2, 3)
             shares = (torch.cat([scores, *(part[start:end] for part in common)], -1) + bias).softmax(-1)
             found.append(shares[..., : slots.room].contiguous() @ slots.values[layer][: len(own)])
@@ -314,7 +313,7 @@ class _Writing:
         total = torch.cat(found)
         for part in self._shared(torch.cat(rest), [root.values[layer] for root in self._roots], 1):
             total = total + part
-        return total.flatten(1, 2)
+        return total
 
     def _shared(self, left: Tensor, rights: list[Tensor], dim: int) -> list[Tensor]:
         """What rows have, (rows, heads, queries, n), times what all share, matrices (heads, n, m) joined at `dim`."""

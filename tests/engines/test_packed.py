@@ -6,7 +6,6 @@ import asyncio
 import random
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from rlaif.engines import packed, writing
-from rlaif.engines.packed import PACKED, SHARED, Forest, Piece, Readers, _parts, lacking, packs, read
+from rlaif.engines import cpu, packed, writing
+from rlaif.engines.cpu import lay_out
+from rlaif.engines.packed import PACKED, SHARED, Forest, Piece, Readers, _parts, _tokens, lacking, packs, read
 from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Completion, FatalError, Request, RowError
 from tests.engines.tiny import save_tiny, tiny_tokenizer
@@ -234,7 +234,7 @@ def test_weights_laid_out_give_the_same() -> None:
     lm, rows = model(LlamaForCausalLM, LlamaConfig, attention_bias=True).bfloat16(), torch.arange(60).reshape(3, 20)
     with packed.float32_head(lm):
         expected = lm(rows).logits
-    packed.lay_out(lm)
+    lay_out(lm)
     assert lm.model.layers[0].mlp.up_proj.weight.device.type == "meta"  # kept once, not twice
     with packed.float32_head(lm):
         assert torch.allclose(lm(rows).logits, expected, atol=0.05)
@@ -253,7 +253,7 @@ def test_a_model_that_wants_its_weights_keeps_them() -> None:
 
     lm, rows = model(Own, LlamaConfig).bfloat16(), torch.arange(20)[None]
     expected = lm(rows).logits
-    packed.lay_out(lm)
+    lay_out(lm)
     assert torch.equal(lm(rows).logits, expected)
 
 
@@ -269,17 +269,69 @@ def test_an_engine_of_several_readers_gives_the_same_labels(tiny: str) -> None:
         assert mine.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
-def test_siblings_are_read_in_one_pass() -> None:
-    root = Piece(list(range(20)))
-    questions = [Piece([n] * 20, root) for n in range(4)]
-    leaves = [Piece([n, m], question) for n, question in enumerate(questions) for m in range(3)]
-    for most in (1, 50, 75, 1000):
-        parts = [*_parts(leaves, most)]
-        assert [leaf for part in parts for leaf in part] == leaves
-        for one, other in pairwise(parts):
-            assert one[-1].parent is not other[0].parent
-    assert [len(part) for part in _parts(leaves, 75)] == [6, 6]
-    assert [*_parts([], 10)] == [[]]
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 5)), max_size=12), st.integers(1, 300), st.integers(1, 4))
+def test_parts_of_a_batch(families: list[tuple[int, int]], most: int, readers: int) -> None:
+    """Each leaf is in one part, siblings are in the same one, and parts are neither long nor longest at the end."""
+    root = Piece(list(range(20)), keys=[torch.zeros(1)])
+    leaves = [Piece([n, m], question) for n, (length, several) in enumerate(families)
+              for question in [Piece([n] * length, root)] for m in range(several)]  # fmt: skip
+    parts = _parts(leaves, most, readers)
+    assert sorted(id(leaf) for part in parts for leaf in part) == sorted(map(id, leaves))
+    for part in parts:
+        questions = {leaf.parent for leaf in part}
+        assert sum(leaf.parent in questions for leaf in leaves) == len(part)
+        assert len(questions) == 1 or _tokens(part) <= most
+    if parts:
+        left = _tokens(parts[-1])
+        assert readers == 1 or len({leaf.parent for leaf in parts[-1]}) == 1 or left <= _tokens(leaves) / (2 * readers)
+        assert left <= _tokens(parts[0]) or most < _tokens(parts[0]) + left
+
+
+def test_leaves_of_what_is_read_go_apart() -> None:
+    read_already = Piece(list(range(20)), keys=[torch.zeros(1)])
+    leaves = [Piece([n] * 10, read_already) for n in range(6)]
+    assert [len(part) for part in _parts(leaves, 20, 1)] == [2, 2, 2]
+    assert [len(part) for part in _parts(leaves, 20, 2)] == [1] * 6
+    assert _parts([], 20, 2) == []
+
+
+@needs_bf16
+@torch.inference_mode()
+@pytest.mark.parametrize("loud", [0.3, 1.0, 40.0], ids=["like a model's", "loud", "beyond e to them"])
+@pytest.mark.parametrize(("before", "count"), [(0, 1), (0, 37), (5, 16), (300, 70), (64, 300)])
+def test_attention_in_bf16(before: int, count: int, loud: float) -> None:
+    """As in float32, whether or not e to a score is still a number; what is to come is not seen."""
+    torch.manual_seed(1)
+    queries = (torch.randn(2, count, 3, 16) * loud).bfloat16()
+    keys, values = (torch.randn(2, before + count, 16) * loud).bfloat16(), torch.randn(2, before + count, 16).bfloat16()
+    parts = [[part[:, :before], part[:, before:]] for part in (keys, values)]
+    found = cpu.causal(queries, *parts)
+    hidden = torch.ones(count, before + count).triu(before + 1).bool()
+    scores = torch.einsum("hngw,hmw->hgnm", queries.float(), keys.float()).masked_fill(hidden, -torch.inf)
+    exact = torch.einsum("hgnm,hmw->hngw", scores.softmax(-1), values.float())
+    assert found.shape == queries.shape
+    if loud < 10:  # beyond, the scores' own rounding moves all
+        assert (found.float() - exact).abs().max() <= (0.03 if loud < 1 else 0.1)
+    assert found.isfinite().all()
+    keys[:, -1], values[:, -1] = 0, 50  # which only the last one sees
+    assert count == 1 or torch.equal(cpu.causal(queries, *parts)[:, :-1], found[:, :-1])
+
+
+@torch.inference_mode()
+def test_shapes_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's library makes a program for each shape of a product: prompts of all lengths must not have one each."""
+    seen = set()
+    carefully = cpu._carefully
+
+    def watched(queries: torch.Tensor, before: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        seen.add((queries.shape[1], keys.shape[2]))
+        return carefully(queries, before, keys, values)
+
+    monkeypatch.setattr(cpu, "_carefully", watched)
+    lm = model(LlamaForCausalLM, LlamaConfig)
+    for n in range(1, 49):
+        read(lm, [Piece(list(range(n)))])
+    assert seen == {(16, 32), (32, 32), (48, 64)}
 
 
 @torch.inference_mode()
