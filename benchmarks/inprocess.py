@@ -2,12 +2,12 @@
 
     make .venv-vllm/ready && .venv-vllm/bin/python benchmarks/inprocess.py [--data FILE] [--rounds 3] [--json FILE]
 
-Three tasks on real comparisons, each in both orders: labels of one token with a detailed preamble and with a short one, and
-rationales, at temperature 0 and at 1. Each rival is a process of its own with the same model in bf16, and computes while the
-others rest; they take turns, and each turn has prompts that none has seen, the same ones for all. The plain loop has batches
-of 16, sorted by length and padded on the left, and computes the logits of the last place only; its rationales are those of
-`generate`. It and vLLM get tokens, the engine requests, 64 rows in flight as `rlaif label` has them. Without vLLM the plain
-loop is the only rival.
+Tasks on real comparisons, each in both orders: labels of one token with a detailed preamble and with a short one, of rows that
+are not long and of all; and rationales, at temperature 0 and at 1. Each rival is a process of its own with the same model in
+bf16, and computes while the others rest; they take turns, and each turn has prompts that none has seen, the same ones for
+all. The plain loop has batches of 16, sorted by length and padded on the left, and computes the logits of the last place
+only; its rationales are those of `generate`. It and vLLM get tokens, the engine requests, 64 rows in flight as `rlaif label`
+has them. Without vLLM the plain loop is the only rival.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 DATA = [Path("../shared/data/hh_harmless_half.jsonl.gz"), Path("rlaif/samples/comparisons.jsonl")]
+VERY_DETAILED = str(Path(__file__).with_name("very-detailed.jinja"))
 ROWS_IN_FLIGHT = 64
-LONGEST = 1500
-"""Tokens of a prompt: longer ones are left out, for vLLM reads no more at a time on a CPU."""
+LONGEST = {"long": 655, "short": 260}
+"""Tokens of a prompt: longer ones are left out, so that prompts have 550 tokens in the mean with the detailed preamble, 340 of
+them shared, and 210 with the short one. With whole rows, those that vLLM reads at a time on a CPU: 1,500."""
 
 rival: Any = None  # of this process
 
@@ -152,7 +154,7 @@ def measure(rows: list[list[Any]], ids: list[list[int]]) -> tuple[float, list[An
 
 
 def questions(
-    data: Path, template: str, ending: str, how: dict[str, Any], chat: Any
+    data: Path, template: str, ending: str, how: dict[str, Any], chat: Any, longest: int = 1500
 ) -> list[tuple[list[Any], list[list[int]]]]:
     """The requests of each row, and their tokens."""
     from rlaif.data import comparisons
@@ -168,7 +170,7 @@ def questions(
             choices = loaded.choices if ending == "ending" else ()
             requests.append(Request(messages, prefix, choices, seed=0, **how))
         ids = [chat.render(request) for request in requests]
-        if item.problem is None and max(map(len, ids)) <= LONGEST:
+        if item.problem is None and max(map(len, ids)) <= longest:
             found.append((requests, ids))
     return found
 
@@ -221,8 +223,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="comparisons to label in a turn")
     parser.add_argument("--rationales", type=int, default=64, help="comparisons to write about in a turn")
     parser.add_argument("--tokens", type=int, default=512, help="of a rationale at most")
-    parser.add_argument("--templates", nargs=2, default=["harmless-detailed", "harmless-base"], help="detailed and short")
-    parser.add_argument("--tasks", nargs="*", default=["long", "short", "greedy", "sampled"])
+    parser.add_argument("--templates", nargs=3, default=[VERY_DETAILED, "harmless-detailed", "harmless-base"])
+    parser.add_argument("--tasks", nargs="*", default=["long", "short", "long-whole", "short-whole", "greedy", "sampled"])
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS))
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -237,10 +239,12 @@ def main() -> None:
     names = [who for who in given.rivals if who != "vllm" or find_spec("vllm")]
     spawn = multiprocessing.get_context("spawn")
     rivals = {who: ProcessPoolExecutor(1, spawn, start, (who, model)) for who in names}
-    detailed, short = given.templates
+    very, detailed, short = given.templates
     tasks: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
-        "long": (f"labels, {detailed}", detailed, "ending", given.rows, {}),
+        "long": (f"labels, {Path(very).stem}", very, "ending", given.rows, {}),
         "short": (f"labels, {short}", short, "ending", given.rows, {}),
+        "long-whole": (f"labels, {detailed}, whole rows", detailed, "ending", given.rows, {}),
+        "short-whole": (f"labels, {short}, whole rows", short, "ending", given.rows, {}),
         "greedy": ("rationales, temperature 0", detailed, "thinking", given.rationales, {"max_tokens": given.tokens}),
         "sampled": (
             "rationales, temperature 1",
@@ -254,7 +258,7 @@ def main() -> None:
     try:
         for task in given.tasks:
             name, template, ending, size, how = tasks[task]
-            asked = questions(given.data, template, ending, how, chat)
+            asked = questions(given.data, template, ending, how, chat, LONGEST.get(task, 1500))
             first = list(tasks).index(task) * len(asked) // len(tasks)  # other rows for each, for vLLM caches what it has read
             asked = asked[first:] + asked[:first]
             found.append(compare(name, asked, size, given.rounds, rivals))
