@@ -259,17 +259,16 @@ class _Prompt:
 
 
 def _causal(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-    """Attention of the last tokens to themselves and all before: (heads, n, groups, width) to the same.
+    """Attention of the last tokens to themselves and all before, as `cpu.causal` has it."""
+    return (cpu.causal if queries.device.type == "cpu" else _by_torch)(queries, keys, values)
 
-    keys, values: (heads, tokens, width) each, to be joined.
-    """
-    if queries.device.type == "cpu":
-        return cpu.causal(queries, keys, values)
+
+def _by_torch(queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
     heads, count, groups, width = queries.shape
-    whole_keys, whole_values = torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
-    mask = causal_lower_right(count, whole_keys.shape[2])
+    all_keys, all_values = torch.cat(keys, 1)[None], torch.cat(values, 1)[None]
+    mask = causal_lower_right(count, all_keys.shape[2])
     each = queries.transpose(1, 2).reshape(1, heads * groups, count, width)
-    found = scaled_dot_product_attention(each, whole_keys, whole_values, attn_mask=mask, scale=1.0, enable_gqa=groups > 1)
+    found = scaled_dot_product_attention(each, all_keys, all_values, attn_mask=mask, scale=1.0, enable_gqa=groups > 1)
     return found.view(heads, groups, count, width).transpose(1, 2)
 
 

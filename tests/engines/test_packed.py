@@ -318,6 +318,15 @@ def test_attention_in_bf16(before: int, count: int, loud: float) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("before", "count", "groups"), [(0, 1, 3), (0, 37, 1), (300, 70, 3), (64, 300, 2)])
+def test_attention_on_other_devices_is_the_same(before: int, count: int, groups: int) -> None:
+    torch.manual_seed(1)
+    queries, keys = torch.randn(2, count, groups, 16), [torch.randn(2, n, 16) for n in (before, count)]
+    values = [torch.randn(2, n, 16) for n in (before, count)]
+    assert torch.allclose(packed._by_torch(queries, keys, values), cpu.causal(queries, keys, values), atol=1e-5)
+
+
+@torch.inference_mode()
 def test_shapes_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's library makes a program for each shape of a product: prompts of all lengths must not have one each."""
     seen = set()
