@@ -29,9 +29,11 @@ from typing import Any
 DATA = [Path("../shared/data/hh_harmless_half.jsonl.gz"), Path("rlaif/samples/comparisons.jsonl")]
 VERY_DETAILED = str(Path(__file__).with_name("very-detailed.jinja"))
 ROWS_IN_FLIGHT = 64
+READ = 1500
+"""Tokens of a prompt: longer ones are left out, for vLLM reads no more at a time on a CPU."""
 LONGEST = {"long": 655, "short": 260}
-"""Tokens of a prompt: longer ones are left out, so that prompts have 550 tokens in the mean with the detailed preamble, 340 of
-them shared, and 210 with the short one. With whole rows, those that vLLM reads at a time on a CPU: 1,500."""
+"""The same for rows that are not long: prompts have 550 tokens in the mean with the detailed preamble, 340 of them shared, and
+220 with the short one."""
 
 rival: Any = None  # of this process
 
@@ -154,7 +156,7 @@ def measure(rows: list[list[Any]], ids: list[list[int]]) -> tuple[float, list[An
 
 
 def questions(
-    data: Path, template: str, ending: str, how: dict[str, Any], chat: Any, longest: int = 1500
+    data: Path, template: str, ending: str, how: dict[str, Any], chat: Any, longest: int
 ) -> list[tuple[list[Any], list[list[int]]]]:
     """The requests of each row, and their tokens."""
     from rlaif.data import comparisons
@@ -223,7 +225,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="comparisons to label in a turn")
     parser.add_argument("--rationales", type=int, default=64, help="comparisons to write about in a turn")
     parser.add_argument("--tokens", type=int, default=512, help="of a rationale at most")
-    parser.add_argument("--templates", nargs=3, default=[VERY_DETAILED, "harmless-detailed", "harmless-base"])
+    parser.add_argument(
+        "--templates",
+        nargs=3,
+        default=[VERY_DETAILED, "harmless-detailed", "harmless-base"],
+        help="of long, of long-whole and rationales, of both short tasks",
+    )
     parser.add_argument("--tasks", nargs="*", default=["long", "short", "long-whole", "short-whole", "greedy", "sampled"])
     parser.add_argument("--rivals", nargs="*", default=list(RIVALS))
     parser.add_argument("--json", type=Path)
@@ -258,7 +265,7 @@ def main() -> None:
     try:
         for task in given.tasks:
             name, template, ending, size, how = tasks[task]
-            asked = questions(given.data, template, ending, how, chat, LONGEST.get(task, 1500))
+            asked = questions(given.data, template, ending, how, chat, LONGEST.get(task, READ))
             first = list(tasks).index(task) * len(asked) // len(tasks)  # other rows for each, for vLLM caches what it has read
             asked = asked[first:] + asked[:first]
             found.append(compare(name, asked, size, given.rounds, rivals))

@@ -198,20 +198,20 @@ def _parts(leaves: Sequence[Piece], most: int, readers: int) -> list[list[Piece]
     for leaf in leaves:
         together = leaf.parent if leaf.parent and not leaf.parent.keys else leaf
         families.setdefault(together, []).append(leaf)
-    ordered = deque(sorted(families.values(), key=_tokens, reverse=True))
-    left = sum(map(_tokens, ordered))
+    ordered = deque(sorted(families.values(), key=to_read, reverse=True))
+    left = sum(map(to_read, ordered))
     parts = []
     while ordered:
         part, goal = ordered.popleft(), min(most, left / (2 * readers)) if readers > 1 else most
-        while ordered and _tokens([*part, *ordered[0]]) <= goal:
+        while ordered and to_read([*part, *ordered[0]]) <= goal:
             part = [*part, *ordered.popleft()]
-        left -= _tokens(part)
+        left -= to_read(part)
         parts.append(part)
     return parts
 
 
-def _tokens(leaves: Sequence[Piece]) -> int:
-    """How many a pass over these has to compute."""
+def to_read(leaves: Sequence[Piece]) -> int:
+    """How many tokens a pass over these has to compute."""
     return sum(len(piece.ids) for piece in lacking(leaves))
 
 

@@ -19,7 +19,7 @@ from rlaif.engines import whole_choices
 from rlaif.engines.batching import BATCH_TOKENS, Batching, Job, apart, device_of, dtype_of
 from rlaif.engines.chat import Chat, cannot_load, identified, load_tokenizer
 from rlaif.engines.cpu import lay_out
-from rlaif.engines.packed import Forest, Piece, Readers, float32_head, lacking, packs
+from rlaif.engines.packed import Forest, Piece, Readers, float32_head, packs, to_read
 from rlaif.engines.writing import Row, Writer, before_stop, draw, source, stopped
 from rlaif.records import Completion, FatalError, Request, UsageError
 from rlaif.rl.generate import padded_left
@@ -57,7 +57,7 @@ class TransformersEngine(Batching[_Job]):
     """Runs `model`, a folder or a name on the hub, with transformers.
 
     Requests that wait at the same time run together, in a thread of their own: what several prompts begin with is computed
-    once, and nothing is padded. A request with choices costs one forward pass over what is its own, in batches of at most
+    once, and no prompt is padded. A request with choices costs one forward pass over what is its own, in batches of at most
     `max_batch_tokens` tokens; its log-probabilities are over the whole vocabulary. Others are written a token at a time, a
     row that has ended giving its place to the next. A model that does more across tokens than to attend to all that came
     before (with a sliding window, say) is run plainly: in padded batches by length, each generated to its end.
@@ -147,9 +147,8 @@ class TransformersEngine(Batching[_Job]):
 
     def _fit(self, batch: list[_Job]) -> bool:
         """Whether so many can be scored in one pass."""
-        pieces = lacking([job.leaf for job in batch if job.leaf])
         most = self._read_tokens * (PASSES * self._readers.count if self._readers.count > 1 else 1)
-        return len(batch) <= MOST_ROWS and sum(len(piece.ids) for piece in pieces) <= most
+        return len(batch) <= MOST_ROWS and to_read([job.leaf for job in batch if job.leaf]) <= most
 
     def _full(self, batch: list[_Job]) -> bool:
         tokens = self._max_tokens or BATCH_TOKENS[self._device.type != "cpu", bool(batch[0].request.choices)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlaif.engines.batching import Job
 from rlaif.engines.chat import Chat, own_seed
-from rlaif.engines.packed import Piece, Readers, float32_head, forward, lacking
+from rlaif.engines.packed import Piece, Readers, float32_head, forward, to_read
 from rlaif.records import Request
 from rlaif.rl.generate import drawn
 
@@ -201,7 +201,7 @@ class Writer:
         while self.queue:
             together = [*self._rows, *new, self.queue[0]]
             full = len(together) > self._fit or len(together) * max(row.job.size for row in together) > self._most_tokens
-            long = sum(len(piece.ids) for piece in lacking([row.leaf for row in (*new, self.queue[0])])) > most
+            long = to_read([row.leaf for row in (*new, self.queue[0])]) > most
             if (full and len(together) > 1) or (long and new):
                 break
             row = self.queue.popleft()

@@ -30,7 +30,7 @@ from transformers import (
 
 from rlaif.engines import cpu, packed, writing
 from rlaif.engines.cpu import lay_out
-from rlaif.engines.packed import PACKED, SHARED, Forest, Piece, Readers, _parts, _tokens, lacking, packs, read
+from rlaif.engines.packed import PACKED, SHARED, Forest, Piece, Readers, _parts, lacking, packs, read, to_read
 from rlaif.engines.transformers import TransformersEngine
 from rlaif.records import Completion, FatalError, Request, RowError
 from tests.engines.tiny import save_tiny, tiny_tokenizer
@@ -280,11 +280,11 @@ def test_parts_of_a_batch(families: list[tuple[int, int]], most: int, readers: i
     for part in parts:
         questions = {leaf.parent for leaf in part}
         assert sum(leaf.parent in questions for leaf in leaves) == len(part)
-        assert len(questions) == 1 or _tokens(part) <= most
+        assert len(questions) == 1 or to_read(part) <= most
     if parts:
-        left = _tokens(parts[-1])
-        assert readers == 1 or len({leaf.parent for leaf in parts[-1]}) == 1 or left <= _tokens(leaves) / (2 * readers)
-        assert left <= _tokens(parts[0]) or most < _tokens(parts[0]) + left
+        left = to_read(parts[-1])
+        assert readers == 1 or len({leaf.parent for leaf in parts[-1]}) == 1 or left <= to_read(leaves) / (2 * readers)
+        assert left <= to_read(parts[0]) or most < to_read(parts[0]) + left
 
 
 def test_leaves_of_what_is_read_go_apart() -> None:
